@@ -1,0 +1,242 @@
+"""Draws the toy faces: small coloured drawings in the paper's eight expressions.
+
+    python data/toy.py [--out data/toy] [--train 4000] [--val 1600] [--size 96] [--seed 0]
+
+They stand in for photographs wherever none can be shipped: in the demo, in the tests and in the
+README's pictures. A face is an expression (brows, eyes, nose, mouth) worn by an identity (head,
+skin, hair, glasses, beard) in a pose, under a light, before a background. Only the expression is
+the label; everything else is drawn independently of it, so a net has to look at the face. What a
+picture shows depends on (seed, split, number) alone.
+
+Needs Pillow. Nothing here knows of simfle.py.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import random
+from pathlib import Path
+
+from PIL import Image, ImageChops, ImageDraw
+
+CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
+           "4_fear", "5_disgust", "6_anger", "7_contempt")
+
+# What each expression does to a face; 0 is at rest. `brow`: height of the brows. `tilt`: inner ends
+# up (+) or down (-). `eye`: lids open (+) or narrowed (-). `curve`: corners of the mouth up (+) or
+# down (-). `open`: the mouth. `width`: the mouth stretched (+) or pursed (-). `sneer`: upper lip and
+# nose drawn up. `side`: one corner of the mouth and one brow alone.
+EXPRESSIONS = {
+    "0_neutral": {},
+    "1_happiness": dict(curve=1.0, open=0.35, width=0.35, eye=-0.25),
+    "2_sadness": dict(curve=-0.8, tilt=0.9, eye=-0.3, width=-0.1),
+    "3_surprise": dict(brow=1.0, eye=0.8, open=1.0, width=-0.55),
+    "4_fear": dict(brow=0.7, tilt=0.7, eye=0.7, open=0.45, width=0.3, curve=-0.35),
+    "5_disgust": dict(brow=-0.5, tilt=-0.3, eye=-0.5, sneer=1.0, curve=-0.4, open=0.2),
+    "6_anger": dict(brow=-0.7, tilt=-1.0, eye=0.1, curve=-0.5, width=0.1),
+    "7_contempt": dict(side=1.0, eye=-0.15),
+}
+SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 120), (198, 134, 82), (141, 85, 46),
+         (92, 56, 36))
+HAIRS = ((30, 24, 22), (74, 46, 28), (130, 84, 40), (205, 164, 92), (150, 60, 30), (150, 150, 155),
+         (90, 60, 140))
+
+
+def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Image:
+    """One face of class `expression` (a key of EXPRESSIONS), RGB, size x size pixels."""
+    scale = 3 * size  # drawn three times too large and shrunk at the end: smooth edges
+    uniform, chance = rng.uniform, lambda p: rng.random() < p
+    strength = uniform(0.75, 1.25)
+    e = {k: strength * EXPRESSIONS[expression].get(k, 0.0) + rng.gauss(0, 0.08)
+         for k in ("brow", "tilt", "eye", "curve", "open", "width", "sneer", "side")}
+    mirrored = rng.choice((-1, 1))  # which side of the face a contemptuous smile takes
+
+    # Identity.
+    skin = tuple(round(c * uniform(0.9, 1.08)) for c in rng.choice(SKINS))
+    hair = tuple(round(c * uniform(0.8, 1.2)) for c in rng.choice(HAIRS))
+    head_w, head_h = uniform(0.70, 0.84), uniform(0.90, 1.02)
+    eye_x, eye_y, eye_w = uniform(0.32, 0.38), uniform(-0.18, -0.10), uniform(0.19, 0.24)
+    brow_y, brow_thick = eye_y - uniform(0.26, 0.31), uniform(0.05, 0.09)
+    mouth_y, mouth_w, nose_y = uniform(0.46, 0.54), uniform(0.32, 0.40), uniform(0.14, 0.22)
+    lips = rng.choice((shade(skin, 0.7), (190, 70, 80), (150, 60, 70), shade(skin, 0.8)))
+
+    # Pose: roll, yaw, pitch, distance, place. `at` takes face coordinates (x to the right, y down,
+    # the head about -1..1) to pixels, as if the features lay on a ball that turns.
+    roll, yaw, pitch = rng.gauss(0, 0.10), rng.gauss(0, 0.18), rng.gauss(0, 0.08)
+    zoom = scale * uniform(0.42, 0.50)
+    cx, cy = scale * uniform(0.45, 0.55), scale * uniform(0.46, 0.54)
+
+    def at(x, y, depth=None):
+        z = math.sqrt(max(0.0, 1.0 - x * x - y * y)) if depth is None else depth
+        x, y = x * math.cos(yaw) + z * math.sin(yaw) * 0.6, y * math.cos(pitch) + z * math.sin(pitch)
+        return (cx + zoom * (x * math.cos(roll) - y * math.sin(roll)),
+                cy + zoom * (x * math.sin(roll) + y * math.cos(roll)))
+
+    def oval(x, y, w, h, depth=None, first=0.0, last=360.0):
+        steps = [math.radians(first + (last - first) * i / 32) for i in range(33)]
+        return [at(x + w * math.cos(a), y + h * math.sin(a), depth) for a in steps]
+
+    image = background(rng, scale)
+    draw = ImageDraw.Draw(image)
+    line = round(zoom * 0.035)
+
+    # Behind the head: long hair, neck, shoulders, ears.
+    hairstyle = rng.choice(("short", "long", "bald", "fringe", "cap"))
+    if hairstyle in ("long", "fringe"):
+        draw.polygon(oval(0, 0.15, head_w * 1.25, head_h * 1.15, 0), fill=hair)
+    draw.polygon([at(-0.3, 0.6, 0), at(0.3, 0.6, 0), at(0.34, 1.5, 0), at(-0.34, 1.5, 0)],
+                 fill=shade(skin, 0.8))
+    draw.polygon(oval(0, 1.85, 1.15, 0.62, 0), fill=random_colour(rng))
+    for side in (-1, 1):
+        draw.polygon(oval(side * head_w, 0.0, 0.12, 0.2, 0), fill=shade(skin, 0.88))
+    draw.polygon(oval(0, 0, head_w, head_h, 0), fill=skin)
+
+    # Hair on the head, or a cap.
+    if hairstyle != "bald":
+        top = random_colour(rng) if hairstyle == "cap" else hair
+        low = {"short": -0.55, "long": -0.6, "fringe": -0.4, "cap": -0.45}[hairstyle]
+        arc = [at(head_w * 1.06 * math.cos(a), head_h * 1.06 * math.sin(a), 0)
+               for a in (math.radians(205 + 130 * i / 24) for i in range(25))]
+        draw.polygon(arc + [at(head_w * 0.8, low, 0), at(0.1 * rng.choice((-1, 1)), low - 0.12, 0),
+                            at(-head_w * 0.8, low, 0)], fill=top)
+    if chance(0.2):  # a beard, a moustache or stubble, under the mouth that is drawn over it
+        draw.polygon(oval(0, 0.45, head_w * 0.62, head_h * 0.5, None, 0, 180),
+                     fill=mix(skin, hair, uniform(0.3, 0.9)))
+
+    # Eyes and brows.
+    iris = rng.choice(((70, 45, 25), (60, 100, 160), (70, 120, 70), (40, 30, 25)))
+    gaze_x, gaze_y = uniform(-0.3, 0.3) * eye_w, uniform(-0.15, 0.15) * eye_w
+    for side in (-1, 1):
+        alone = e["side"] if side == mirrored else 0.0
+        h = max(0.02, eye_w * (0.52 + 0.42 * e["eye"] - 0.1 * e["sneer"]))
+        draw.polygon(oval(side * eye_x, eye_y, eye_w, h), fill=(245, 243, 238))
+        r = min(eye_w * 0.5, h * 0.95)
+        draw.polygon(oval(side * eye_x + gaze_x, eye_y + gaze_y * h / eye_w, r, r), fill=iris)
+        draw.polygon(oval(side * eye_x + gaze_x, eye_y + gaze_y * h / eye_w, r / 2, r / 2),
+                     fill=(10, 10, 10))
+        draw.line(oval(side * eye_x, eye_y, eye_w * 1.05, h, None, 180, 360),
+                  fill=shade(skin, 0.35), width=line)
+        y = brow_y - 0.13 * e["brow"] - 0.16 * alone + 0.04 * e["sneer"]
+        inner = at(side * (eye_x - eye_w * 1.05), y - 0.13 * e["tilt"])
+        middle = at(side * eye_x, y - 0.04)
+        outer = at(side * (eye_x + eye_w * 1.15), y + 0.09 * e["tilt"] + 0.01)
+        draw.line([inner, middle, outer], fill=mix(hair, (20, 15, 10), 0.4), joint="curve",
+                  width=max(2, round(zoom * brow_thick)))
+
+    # The nose, and the folds beside it that a sneer or a smile deepens.
+    tip = nose_y - 0.05 * e["sneer"]
+    draw.line([at(-0.03, eye_y + 0.05), at(-0.09, tip), at(0.07, tip + 0.01)],
+              fill=shade(skin, 0.65), width=line, joint="curve")
+    fold = max(e["sneer"], 0.6 * e["curve"], 0.0)
+    for side in (-1, 1):
+        draw.line([at(side * 0.12, tip - 0.06), at(side * 0.26, tip + 0.14)], width=line,
+                  fill=mix(skin, shade(skin, 0.55), min(1.0, fold)))
+    if e["sneer"] > 0.4:
+        for y in (0.0, 0.06):
+            draw.line([at(-0.07, eye_y + y), at(0.07, eye_y + y)], fill=shade(skin, 0.6), width=line)
+
+    # The mouth: a middle line that bends, opened by lips that move apart.
+    w = mouth_w * (1 + 0.45 * e["width"])
+    gape = max(0.0, e["open"]) * 0.26
+    upper, lower = [], []
+    for i in range(25):
+        t = -1 + i / 12
+        bend = -0.24 * e["curve"] * (t * t - 0.4)
+        bend -= 0.28 * e["side"] * max(0.0, t * mirrored) ** 2
+        lift = 0.09 * max(0.0, e["sneer"]) * (1 - t * t)
+        upper.append(at(t * w, mouth_y + bend - gape * 0.6 * (1 - t * t) - lift))
+        lower.append(at(t * w, mouth_y + bend + gape * 1.1 * (1 - t * t) + 0.012))
+    draw.polygon(upper + lower[::-1], fill=(90, 25, 30))
+    if gape + 0.06 * max(0.0, e["sneer"]) > 0.03:  # teeth, under the upper lip
+        teeth = [(x0 * 0.65 + x1 * 0.35, y0 * 0.65 + y1 * 0.35)
+                 for (x0, y0), (x1, y1) in zip(upper, lower)]
+        draw.polygon(upper[3:-3] + teeth[3:-3][::-1], fill=(240, 238, 230))
+    thick = round(zoom * uniform(0.03, 0.055))
+    draw.line(upper, fill=lips, width=thick, joint="curve")
+    draw.line(lower, fill=lips, width=thick, joint="curve")
+
+    if chance(0.25):  # glasses
+        frame = random_colour(rng)
+        for side in (-1, 1):
+            draw.line(oval(side * eye_x, eye_y, eye_w * 1.4, eye_w * 1.15), fill=frame, width=line)
+        draw.line([at(-eye_x + eye_w * 1.4, eye_y), at(eye_x - eye_w * 1.4, eye_y)],
+                  fill=frame, width=line)
+    if chance(0.1):  # something in front of the picture: a hand, a leaf, a microphone
+        angle, far = uniform(0, 2 * math.pi), uniform(0.45, 0.6) * scale
+        x, y, r = cx + far * math.cos(angle), cy + far * math.sin(angle), scale * uniform(0.1, 0.2)
+        draw.ellipse([x - r, y - r, x + r, y + r], fill=random_colour(rng))
+
+    return light(image.resize((size, size), Image.Resampling.BOX), rng)
+
+
+def background(rng: random.Random, scale: int) -> Image.Image:
+    """Two colours that run into each other, and a few shapes."""
+    one, two = random_colour(rng), random_colour(rng)
+    ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((scale, scale))
+    image = Image.composite(Image.new("RGB", (scale, scale), one),
+                            Image.new("RGB", (scale, scale), two), ramp)
+    draw = ImageDraw.Draw(image)
+    for _ in range(rng.randint(0, 2)):
+        x, y = rng.uniform(-0.1, 0.9) * scale, rng.uniform(-0.1, 0.9) * scale
+        box = [x, y, x + rng.uniform(0.1, 0.5) * scale, y + rng.uniform(0.1, 0.5) * scale]
+        rng.choice((draw.rectangle, draw.ellipse))(box, fill=random_colour(rng))
+    return image
+
+
+def light(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A lamp from one side, its colour and strength, and the grain of the film."""
+    turned = Image.linear_gradient("L").rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
+    dark = rng.uniform(0.55, 1.0)  # how much of the light reaches the far side
+    ramp = turned.crop((40, 40, 216, 216)).resize(image.size)
+    ramp = ramp.point([round(255 * (dark + (1 - dark) * v / 255)) for v in range(256)])
+    image = ImageChops.multiply(image, Image.merge("RGB", (ramp,) * 3))
+    gain = rng.uniform(0.8, 1.15)
+    gains = [gain * rng.uniform(0.9, 1.1) for _ in range(3)]
+    image = image.point([min(255, round(v * g)) for g in gains for v in range(256)])
+    grain = Image.frombytes("L", image.size, rng.randbytes(image.width * image.height))
+    return Image.blend(image, Image.merge("RGB", (grain,) * 3), rng.uniform(0.0, 0.25))
+
+
+def random_colour(rng: random.Random) -> tuple[int, int, int]:
+    return tuple(rng.randint(20, 245) for _ in range(3))
+
+
+def shade(colour, factor):
+    return tuple(round(c * factor) for c in colour)
+
+
+def mix(one, two, share):
+    """`one` where share is 0, `two` where it is 1."""
+    return tuple(round(a + (b - a) * share) for a, b in zip(one, two))
+
+
+def draw_file(job: tuple[str, str, int, int, int, str]) -> None:
+    out, split, number, size, seed, expression = job
+    path = Path(out, split, expression, f"{number:05d}.png")
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")  # a file appears whole or not at all
+    draw_face(expression, random.Random(f"{seed}/{split}/{number}"), size).save(part, "PNG")
+    part.replace(path)
+
+
+def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
+    """Draws what is missing of out/{train,val}/<k_class>/<number>.png, the classes in turn."""
+    jobs = [(str(out), split, i, size, seed, CLASSES[i % len(CLASSES)])
+            for split, count in (("train", train), ("val", val)) for i in range(count)]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for done, _ in enumerate(pool.imap_unordered(draw_file, jobs, chunksize=50), start=1):
+            if done % 500 == 0 or done == len(jobs):
+                print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Draws the toy faces.")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "toy"), help="folder")
+    parser.add_argument("--train", type=int, default=4000, help="pictures to train on")
+    parser.add_argument("--val", type=int, default=1600, help="pictures to test on")
+    parser.add_argument("--size", type=int, default=96, help="pixels a side")
+    parser.add_argument("--seed", type=int, default=0)
+    draw_dataset(**vars(parser.parse_args()))

@@ -1,0 +1,1605 @@
+# SPDX-License-Identifier: MIT
+"""SimFLE in one file: self-supervised facial expression recognition in the wild.
+
+SimFLE (Simple Facial Landmark Encoding, J. Moon and S. Park) trains a ResNet on face photographs
+without labels. Two tasks share the backbone: two random views of a face must look alike to it
+(GFL, Section 3.1), and its channels decide which patches of a face a masked autoencoder gets to see
+(FFL, Section 3.2); what both have learnt is exchanged by distillation (Section 3.3). Afterwards
+only the backbone is kept. Read this file from the top with the paper beside it; sections, equations
+and letters are the paper's.
+
+    python simfle.py                                               the demo, on a laptop
+    python simfle.py --data affectnet                              one GPU (or none)
+    torchrun --nproc_per_node=3 simfle.py --data affectnet         three GPUs, as in the paper
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+             --rdzv_endpoint=HOST:29500 simfle.py --data affectnet        two nodes: on each, this
+    python simfle.py --data affectnet --eval                       linear evaluation of that run
+
+`--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
+gives another name): checkpoint.pt holds everything, and a run that finds it goes on from it;
+backbone.pt is a torchvision state dict without `fc`; log.jsonl is the log. The running statistics
+in backbone.pt are those of process 0, and they mix three kinds of picture: two augmented views and
+one plain face for every image.
+
+Letters
+    I, v1, v2     a face, and two augmented views of it
+    f_θ, f_ρ      the online and the target stream: backbone and projector; τ the target's inertia
+    X             the backbone's map of I: c′ channels of h′ × w′
+    C_k, N_g      channel k after grouping; the number of channel groups
+    a_i, γ        the score of patch i; the share of the N_p patches that is masked (N_m of them)
+    e_i, κ        the reconstruction error of patch i; the strength of the masking's refinement
+    z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
+    L_s, L_r, L_d, L_g    similarity, reconstruction, distillation, grouping loss; α, β weigh two
+
+Departures: where this file parts from the paper (P) or from the authors' code (A), and why
+     1  A  The masking is trained through a straight-through term. Sorting has no gradient, and in
+           the authors' code L_r never reaches the scores. `--mask-gradient 0` is their behaviour.
+     2  A  Eq. 2 is exact, in place of a squared distance to a block identity; P, A it is divided by
+           c′: undivided, β = 0.03 diverges.
+     3  A  The grouping layer starts random. Set to a constant, all channels are equal: a saddle.
+     4  A  Blur with probability 0.5, SimCLR's own, in place of always.
+     5  A  The learning rate follows the cosine with every step, not with every epoch.
+     6  A  Pictures are resized to a square; no short side is cut to one.
+     7  P  Eq. 5 has the factor t², KL(z̄ ‖ z_i) in place of KL(z_i ‖ z̄), and a constant z̄.
+     8  P  The autoencoder's pixels are normalised patch by patch, as in MAE (`--no-norm-pix`).
+     9  P  The four colour jitters come in one random order per batch, not per image.
+    10  P  255 images on three processes, not 256; the last, partial batch of an epoch is dropped.
+    11  A  DistributedDataParallel in place of DataParallel: BatchNorm sees one process's images.
+    12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
+    13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
+
+Map
+    Settings
+    Part I    The method:  3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
+                           3.3 Connecting two branches · 3.3 Total loss
+    Part II   Training:    4.1 Pictures · 4.1 Augmentation · 4.1 Order of the images ·
+                           4.1 Processes · 4.1 Checkpoints · 4.1 What is watched · 4.1 Pre-training
+    main
+"""
+
+import argparse
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as TF
+from torchvision.transforms import RandomResizedCrop
+
+# ================================ Part I: the method ================================
+#
+# Plain tensors in, plain tensors out. Nothing in this part knows a settings object, a device, a
+# process group or a file, so each piece can be pasted elsewhere with the imports above. The numbers
+# in the shapes are the paper's: batch B, ResNet-50, views of 224 pixels, I of 112.
+
+
+def full_precision(x: Tensor):
+    """A context in which x's device computes as it is told, even inside `torch.autocast`.
+
+    Norms, cosines, softmax, Eq. 2 and the scores need fp32: bf16 has 8 bits of mantissa, so that
+    many of 49 scores would be equal, and which patch is masked an accident. (Sec. 3, ours)
+    """
+    return torch.autocast(x.device.type, enabled=False)
+
+
+class Backbone(nn.Module):
+    """A torchvision ResNet that gives its last feature map and the map's mean. (Sec. 3, Fig. 2)
+
+    The network that all of this is for. Its `fc` is taken off; `resnet.state_dict()` is then just
+    what torchvision's own model loads, but for `fc.*`.
+
+    forward: (B, 3, 224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). At 112 the map is 4 × 4.
+    """
+
+    def __init__(self, resnet: nn.Module | None = None):
+        super().__init__()
+        self.resnet = torchvision.models.resnet50() if resnet is None else resnet
+        self.channels = self.resnet.fc.in_features  # c′ = 2048
+        self.resnet.fc = nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r = self.resnet
+        x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B, 64, 56, 56)
+        x = r.layer4(r.layer3(r.layer2(r.layer1(x))))  # (B, 2048, 7, 7)
+        return x, x.mean(dim=(2, 3))
+
+
+def small_resnet(width: int = 32) -> nn.Module:
+    """A ResNet for laptops: one block a stage, `width` channels in the first, stride 16. (ours)
+
+    The last stage keeps its resolution: at 56 pixels the map is 4 × 4. With a stride of 32 it would
+    be 2 × 2, and a mask of 7 × 7 patches drawn from four numbers says nothing about a face.
+    """
+    block = torchvision.models.resnet.BasicBlock
+    net = torchvision.models.ResNet(block, [1, 1, 1, 1])
+    net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    net.bn1, net.inplanes = nn.BatchNorm2d(width), width
+    for stage, stride in enumerate((1, 2, 2, 1)):
+        layer = net._make_layer(block, width << stage, 1, stride)
+        setattr(net, f"layer{stage + 1}", layer)
+    net.fc = nn.Linear(8 * width, 1000)
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):  # as torchvision starts its own
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
+    """Every head of the method: the projectors, the predictor, the distillation heads. (Sec. 4.1)
+
+    Paper: "a fully connected layer with a batch normalization and a ReLU activation, followed by
+    another fully connected layer". The widths are BYOL's; the paper gives none.
+    """
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+                         nn.Linear(hidden, outputs))
+
+
+# ===== 3.1 GFL: global facial feature learning =====
+#
+# Two views of one face, cropped and coloured at random, should mean the same. Asking just that has
+# a trivial answer: map every face to one point. BYOL avoids it without ever comparing two different
+# faces. The online stream f_θ (backbone, projector, predictor) predicts what the target stream f_ρ
+# (backbone, projector) says of the other view. The target gets no gradient; it follows the online
+# stream slowly. So the point at which all would meet is never what the gradient aims at: it only
+# ever moves f_θ towards a slightly older and, by averaging, slightly steadier self.
+#
+# Whether it worked can be seen: `spread` below, the deviation of the normalised projections over
+# the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by
+# 1/√256 = 0.0625 each.
+
+
+def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
+    """How far a prediction is from the target's projection. (Sec. 3.1, Eq. 1)
+
+    p: (B, 256) f_θ of one view, with gradient. z: (B, 256) f_ρ of the other. Returns (): the mean
+    over the batch of 2 − 2·cos, which is the squared distance of the two unit vectors, from 0 to 4.
+    """
+    with full_precision(p):
+        return (2 - 2 * F.cosine_similarity(p.float(), z.float(), dim=1)).mean()
+
+
+def spread(z: Tensor) -> Tensor:
+    """The deviation of unit-length projections over the batch, averaged over their dimensions.
+
+    z: (B, 256). Returns (): 0 when all faces are one point, near 1/√256 when healthy. (ours)
+    """
+    with full_precision(z):
+        return F.normalize(z.float(), dim=1).std(dim=0).mean()
+
+
+@torch.no_grad()
+def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """ρ ← τ ρ + (1 − τ) θ, over all parameters in one fused call. (Sec. 3.1)
+
+    target, online: modules of the same shape, weights in fp32: with τ = 0.99 a step moves ρ by one
+    hundredth of the difference, which bf16 would often round to nothing. Buffers are left alone
+    (see `BYOL`).
+    """
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
+
+
+class Stream(nn.Module):
+    """Backbone and projector. forward: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
+
+    The online stream f_θ is one of these with a predictor behind it, the target f_ρ is one without.
+    (Sec. 3.1, Fig. 2)
+    """
+
+    def __init__(self, backbone: Backbone, hidden: int, outputs: int):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = mlp(backbone.channels, hidden, outputs)
+
+    def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.backbone(v)[1]
+        return self.projector(pooled), pooled
+
+
+class BYOL(nn.Module):
+    """GFL by BYOL. (Sec. 3.1, Eq. 1)
+
+    forward: v1, v2 (B, 3, 224, 224) each -> L_s (), the online pooled features h1, h2 (B, 2048)
+    each, and z1 (B, 256), the online projection of v1, for `spread`. Call `update()` once after
+    every step of the optimiser. Needs B ≥ 2 in train mode (BatchNorm). τ = 0.99 throughout, as in
+    the authors' code; the paper gives no value.
+
+        byol = BYOL(Backbone())
+        L_s, h1, h2, z1 = byol(v1, v2); L_s.backward(); optimizer.step()
+        byol.update()
+    """
+
+    def __init__(self, backbone: Backbone, hidden: int = 4096, outputs: int = 256,
+                 tau: float = 0.99):
+        super().__init__()
+        self.tau = tau
+        self.online = Stream(backbone, hidden, outputs)
+        self.predictor = mlp(outputs, hidden, outputs)
+        # The target starts as a copy. Its BatchNorm normalises by the batch at hand, as the online
+        # one's does, and keeps running statistics of its own: they belong to weights that lag
+        # behind, and since in train mode nothing reads them, averaging them would change nothing.
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # One forward per view. Concatenated they would run a little faster, but BatchNorm would
+        # then normalise both by one common mean, and each would see the other through it.
+        z1, h1 = self.online(v1)
+        z2, h2 = self.online(v2)
+        with torch.no_grad():
+            target1, target2 = self.target(v1)[0], self.target(v2)[0]
+        # Paper: "The same process can be done again by swapping the positions of v1 and v2."
+        # Both orders are added, not averaged: L_s runs from 0 to 8.
+        loss = (similarity_loss(self.predictor(z1), target2)
+                + similarity_loss(self.predictor(z2), target1))
+        return loss, h1, h2, z1
+
+    def update(self) -> None:
+        """Moves the target after the optimiser's step."""
+        ema_update(self.target, self.online, self.tau)
+
+
+# ===== 3.2 Channel grouping =====
+#
+# FFL wants the backbone to say which parts of a face matter. What it has are c′ = 2048 channels,
+# each a small picture of where something was found, many of them alike. A 1 × 1 convolution mixes
+# them into c′ new ones, of which channel k belongs to group k // (c′/N_g): 32 groups of 64. Eq. 2
+# asks channels of one group to look at the same places, those of different groups at different
+# ones, and so makes of 2048 channels 32 opinions on where to look.
+#
+# Written as it stands, Eq. 2 needs the cosines of all 2048² pairs for each image. They need not be
+# made. Let D be the c′ × h′w′ matrix whose rows are the channels at unit length. Then D Dᵀ holds
+# the cosines, and the sum of their squares is
+#
+#     Σ_ij D(C_i, C_j)²  =  ‖D Dᵀ‖²  =  trace(D Dᵀ D Dᵀ)  =  trace(Dᵀ D Dᵀ D)  =  ‖Dᵀ D‖²,
+#
+# where Dᵀ D is only h′w′ × h′w′ = 16 × 16. Likewise for the pairs inside one group g, with D_g, its
+# 64 rows. So, exactly and for 1/128 of the arithmetic,
+#
+#     L_g  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Dᵀ D‖² − 2 Σ_g ‖D_gᵀ D_g‖²,
+#
+# and Dᵀ D is just the sum of the groups' D_gᵀ D_g.
+
+NORM_EPS = 1e-6  # added to no norm, only its lower bound: a channel that is 0 everywhere stays 0
+
+
+class ChannelGrouping(nn.Module):
+    """Mixes c′ channels into c′ channels that lie in groups. (Sec. 3.2)
+
+    Paper: "Channel grouping can be implemented through a 1 × 1 convolution layer"; BatchNorm and
+    ReLU behind it are the authors'. forward: X (B, 2048, 4, 4) -> C (B, 2048, 4, 4), fp32, never
+    negative. Raises ValueError where `groups` does not divide `channels`.
+
+        grouping = ChannelGrouping(2048, groups=32)
+        C = grouping(X)
+        L_g = grouping_loss(C, groups=32)
+    """
+
+    def __init__(self, channels: int = 2048, groups: int = 32):
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"{groups} channel groups do not divide {channels} channels")
+        # Departure 3: PyTorch's own random start. The authors set the weights to one constant; then
+        # all channels are equal, every gradient is the same for all of them, and only rounding
+        # noise takes them apart: about 45 steps of SGD later.
+        self.conv = nn.Conv2d(channels, channels, kernel_size=1)
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, X: Tensor) -> Tensor:
+        with full_precision(X):
+            return F.relu(self.norm(self.conv(X.float())))
+
+
+def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The two sums of Eq. 2: of D(C_i, C_j)² over pairs in different groups, and in one group.
+
+    C: (B, c′, h′, w′). Returns two (B,). As in Eq. 2, i and j run over all channels: each pair
+    counts twice, and each channel pairs with itself. (Sec. 3.2, Eq. 2)
+
+    By hand, 4 channels of 2 positions in 2 groups: (1, 0), (1, 0) | (0, 1), (1, 1). In the first
+    group D² is 1 four times; in the second 1, ½, ½, 1: 7 in all. Between the groups D² is 0, ½, 0,
+    ½, each twice: 2. By the identity: Dᵀ D = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7.
+    """
+    with full_precision(C):
+        D = rearrange(C.float(), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
+        D = F.normalize(D, dim=3, eps=NORM_EPS)
+        gram = torch.einsum("bgkp,bgkq->bgpq", D, D)  # (B, 32, 16, 16): D_gᵀ D_g
+        within = gram.square().sum(dim=(1, 2, 3))
+        all_pairs = gram.sum(dim=1).square().sum(dim=(1, 2))
+    return all_pairs - within, within
+
+
+def mean_similarities(between: Tensor, within: Tensor, channels: int, groups: int):
+    """Mean D² between and within groups: the sums of `pair_sums` by their pairs. (ours)"""
+    inside = channels * (channels // groups)  # pairs in one group: 2048 · 64
+    return between.mean() / max(1, channels**2 - inside), within.mean() / inside
+
+
+def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> Tensor:
+    """Channels of a group alike, of different groups unlike. (Sec. 3.2, Eq. 2)
+
+    C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns (): Eq. 2 divided by c′, averaged over
+    the batch; for the example of `pair_sums`, (2 − 7)/4 = −1.25.
+
+    Departure 2: the division. Undivided, β = 0.03 gives a gradient of norm 10⁴ in the first step
+    and diverges; divided by the c′² pairs, nothing is learnt.
+
+    `balanced` divides each sum by its own number of pairs instead. It is not the paper's, but it
+    groups: Eq. 2 counts a channel's 63 partners once and its 1,984 strangers once as well, and so
+    mostly makes channels unlike. In 400 steps on frozen features mean D² went from 0.151 to 0.074
+    between groups and from 0.165 to 0.145 within them; balanced, to 0.13 and to 0.98.
+    """
+    between, within = pair_sums(C, groups)
+    if balanced:
+        mean_between, mean_within = mean_similarities(between, within, C.shape[1], groups)
+        return mean_between - mean_within
+    return (between - within).mean() / C.shape[1]
+
+
+# ===== 3.2 Semantic masking =====
+#
+# MAE masks patches at random. Here a channel group decides: its 64 channels are summed to one score
+# map, and the patches with the lowest scores are masked. What the backbone finds interesting stays
+# visible. Each image draws its own group, anew in every epoch, so all groups have their say.
+#
+# Masks follow MAE's convention: 0 is kept, 1 is masked.
+
+SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place of 0/0
+
+
+class SemanticMasking(nn.Module):
+    """Chooses the patches to mask from the grouped channels. (Sec. 3.2, Eq. 3)
+
+    forward: C (B, 2048, 4, 4); u (B,) in [0, 1) picks the group, ⌊u·N_g⌋, and is drawn if it is not
+    given -> a (B, 49) the scores, with gradient; keep (B, 12) the indices of the kept patches, best
+    first; mask (B, 49), 0 kept and 1 masked. Patches are counted row by row. Has no parameters.
+    Raises ValueError where `patch` does not divide `image_size`.
+
+        masking = SemanticMasking(groups=32, image_size=112, patch=16, ratio=0.75)
+        a, keep, mask = masking(C)
+    """
+
+    def __init__(self, groups: int = 32, image_size: int = 112, patch: int = 16,
+                 ratio: float = 0.75):
+        super().__init__()
+        if image_size % patch:
+            raise ValueError(f"patches of {patch} do not divide an image of {image_size} pixels")
+        self.groups, self.image_size, self.patch, self.ratio = groups, image_size, patch, ratio
+
+    def scores(self, C: Tensor, group: Tensor) -> Tensor:
+        """a_i of Eq. 3 for the given group of each image, (B,) -> (B, 49)."""
+        with full_precision(C):
+            per_group = rearrange(C.float(), "b (g k) h w -> b g k h w", g=self.groups).sum(dim=2)
+            image = torch.arange(len(C), device=C.device)
+            score_map = per_group[image, group]  # (B, 4, 4): X_g̃, the channel-wise sum
+            # The paper says "upsampled"; bilinear is the authors'. Then Eq. 3 is average pooling.
+            score_map = F.interpolate(score_map[:, None], size=(self.image_size,) * 2,
+                                      mode="bilinear", align_corners=False)  # (B, 1, 112, 112)
+            return F.avg_pool2d(score_map, self.patch).flatten(1)  # (B, 49)
+
+    def forward(self, C: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        u = torch.rand(len(C), device=C.device) if u is None else u
+        a = self.scores(C, (u * self.groups).long())
+        return a, *mask_lowest(a, self.ratio)
+
+
+def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """Paper: "the patches are masked in ascending order". (Sec. 3.2)
+
+    a: (B, N_p) scores. Returns keep (B, N_p − N_m), the indices of the highest, and mask (B, N_p),
+    0 kept and 1 masked. Of 49 at γ = 0.75, ⌊49 · 0.25⌋ = 12 are kept, 37 masked. At least one of
+    each, or there is nothing to see or nothing to learn. Equal scores: the earlier patch is kept.
+    """
+    B, N_p = a.shape
+    kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
+    keep = a.detach().argsort(dim=1, descending=True, stable=True)[:, :kept]
+    mask = torch.ones_like(a).scatter(1, keep, 0.0)
+    return keep, mask.detach()
+
+
+# Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
+# avoid masking fine-grained facial landmarks, which are difficult to reconstruct." Nothing so far
+# lets it try: a sort has no gradient, so L_r does not know that other scores would have given it
+# another mask. (In the authors' code it never learns; κ = 0 is that.) What the gradient ought to
+# say is plain, though: a masked patch that was harder than the others should rise in score, an
+# easier one should sink. So the mask is made soft around its threshold,
+#
+#     z = the scores standardised per image,    soft_i = sigmoid(z_thr − z_i),
+#
+# near 1 for what is surely masked, ½ at the threshold z_thr, which is the last score that was kept.
+# A term is added to L_r whose value is 0 (soft_i minus itself) and whose gradient is that of soft_i
+# weighed by the error: straight through, as if the mask were the soft one,
+#
+#     κ/N_m Σ_i m_i (e_i − ē)(soft_i − const),      ∂/∂z_i = −κ m_i (e_i − ē) σ′_i / N_m.
+#
+# Errors enter as constants: the autoencoder must not be paid for spreading its errors. ē is their
+# mean over the image's masked patches, so the term cannot lower L_r by pushing all scores one way.
+# m_i is the hard mask: kept patches are seen but never scored by L_r, their output is untrained and
+# its "error" means nothing; let in, the mask feeds on itself. (Departure 1.)
+
+
+def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Tensor:
+    """A zero whose gradient raises the scores of patches that are hard to reconstruct. (Sec. 3.2)
+
+    a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (). `refine` in `FaceMAE` adds
+    it to L_r. κ = 4 was measured: on a small model and drawn faces, three seeds, keep frequency and
+    error over the 49 positions correlate by +0.38, +0.51, +0.60 after 400 steps with κ = 4, by
+    −0.36, −0.09, −0.03 with κ = 0; κ = 1 gave 0; κ = 16 gave +0.49 and cost 7 points of accuracy.
+    """
+    with full_precision(a):
+        a, error = a.float(), error.detach().float()
+        z = (a - a.mean(dim=1, keepdim=True)) / (a.std(dim=1, keepdim=True) + SCORE_EPS)
+        # The last kept score is the lowest of those whose mask is 0.
+        z_thr = z.detach().masked_fill(mask.bool(), math.inf).amin(dim=1, keepdim=True)
+        soft = torch.sigmoid(z_thr - z)
+        N_m = mask.sum(dim=1, keepdim=True)
+        mean_error = (error * mask).sum(dim=1, keepdim=True) / N_m  # ē
+        term = mask * (error - mean_error) * (soft - soft.detach()) / N_m
+        return kappa * term.sum(dim=1).mean()
+
+
+# ===== 3.2 FaceMAE =====
+#
+# A masked autoencoder: a ViT encodes the 12 visible patches, a smaller one guesses the 37 others
+# from them. From so little a face can only be completed by knowing how faces hang together, which
+# is the point. Its image is the whole picture, resized and not augmented: what is to be learnt here
+# is where things are in a face.
+
+PIXEL_EPS = 1e-6  # added to a patch's variance: a patch of one colour has none
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: x (B, tokens, width) -> the same shape. (Sec. 4.1, ViT)"""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3,
+                            h=self.heads)
+        x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return x + self.mlp(self.norm2(x))
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """Fixed 2-D positions: (1, 1 + grid², width), zeros for the class token. (Sec. 4.1, MAE)
+
+    Half of the numbers tell the row, half the column, each as sines and cosines of the coordinate
+    at width/4 frequencies from 1 down to almost 1/10,000. Raises ValueError where 4 does not divide
+    width.
+    """
+    if width % 4:
+        raise ValueError(f"positions need a width that 4 divides, not {width}")
+    frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (7, 192)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (7, 384)
+    row = line[:, None].expand(-1, grid, -1)
+    column = line[None].expand(grid, -1, -1)
+    patches = rearrange(torch.cat([row, column], dim=2), "h w d -> (h w) d")
+    return torch.cat([torch.zeros(1, width), patches])[None]
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE with ViT-B/16 on small images. (Sec. 3.2, Eq. 4; Sec. 4.1)
+
+    forward: I (B, 3, 112, 112), normalised; keep (B, 12) indices of the visible patches -> error
+    (B, 49), the mean squared error of every patch, visible ones too; tokens (B, 12, 768), the
+    encoder's output for the visible patches without its class token.
+    """
+
+    def __init__(self, image_size: int = 112, patch: int = 16, width: int = 768, depth: int = 12,
+                 heads: int = 12, decoder_width: int = 512, decoder_depth: int = 8,
+                 decoder_heads: int = 16, norm_pix: bool = True):
+        super().__init__()
+        if image_size % patch:
+            raise ValueError(f"patches of {patch} do not divide an image of {image_size} pixels")
+        self.patch, self.grid, self.norm_pix = patch, image_size // patch, norm_pix
+        pixels = 3 * patch**2  # 768 numbers a patch
+        self.embed = nn.Linear(pixels, width)
+        self.class_token = nn.Parameter(torch.empty(1, 1, width))
+        self.encoder = nn.Sequential(*(Block(width, heads) for _ in range(depth)),
+                                     nn.LayerNorm(width, eps=1e-6))
+        self.decoder_embed = nn.Linear(width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.decoder = nn.Sequential(*(Block(decoder_width, decoder_heads)
+                                       for _ in range(decoder_depth)),
+                                     nn.LayerNorm(decoder_width, eps=1e-6))
+        self.to_pixels = nn.Linear(decoder_width, pixels)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.normal_(self.class_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        # Parameters that never train, so that they count and are saved with the rest, as in MAE.
+        self.position = nn.Parameter(sincos_positions(self.grid, width), requires_grad=False)
+        self.decoder_position = nn.Parameter(sincos_positions(self.grid, decoder_width),
+                                             requires_grad=False)
+
+    def patchify(self, I: Tensor) -> Tensor:  # noqa: E741 - the paper's letter
+        """(B, 3, 112, 112) -> (B, 49, 768): row by row, and in a patch the colours last."""
+        return rearrange(I, "b c (gh p) (gw q) -> b (gh gw) (p q c)", p=self.patch, q=self.patch)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """The inverse of `patchify`."""
+        return rearrange(patches, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=self.grid,
+                         p=self.patch, q=self.patch)
+
+    def encode(self, patches: Tensor, keep: Tensor) -> Tensor:
+        """(B, 49, 768), (B, 12) -> (B, 13, 768): the class token, then the visible patches."""
+        x = self.embed(patches) + self.position[:, 1:]
+        x = torch.take_along_dim(x, keep[:, :, None], dim=1)  # (B, 12, 768)
+        first = (self.class_token + self.position[:, :1]).expand(len(x), -1, -1)
+        return self.encoder(torch.cat([first, x], dim=1))
+
+    def decode(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """(B, 13, 768), (B, 12) -> (B, 49, 768): every patch's pixels, as in `target`."""
+        y = self.decoder_embed(tokens)  # (B, 13, 512)
+        B, _, width = y.shape
+        # A mask token everywhere, then what was seen in its place.
+        x = self.mask_token.to(y.dtype).expand(B, self.grid**2, -1)
+        x = x.scatter(1, keep[:, :, None].expand(-1, -1, width), y[:, 1:])  # (B, 49, 512)
+        x = torch.cat([y[:, :1], x], dim=1) + self.decoder_position
+        return self.to_pixels(self.decoder(x))[:, 1:]
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What is to be guessed: pixels at mean 0 and deviation 1 in every patch. (Departure 8.)
+
+        Contrast in place of brightness: otherwise the light decides what is hard.
+        """
+        if not self.norm_pix:
+            return patches.float()
+        var, mean = torch.var_mean(patches.float(), dim=2, keepdim=True)
+        return (patches.float() - mean) / (var + PIXEL_EPS).sqrt()
+
+    def forward(self, I: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+        patches = self.patchify(I)
+        tokens = self.encode(patches, keep)
+        guess = self.decode(tokens, keep)
+        error = (guess.float() - self.target(patches)).square().mean(dim=2)  # (B, 49)
+        return error, tokens[:, 1:]
+
+
+class FaceMAE(nn.Module):
+    """The whole of FFL: grouping, semantic masking, autoencoding. (Sec. 3.2, Eq. 2 to 4)
+
+    forward: X (B, 2048, 4, 4), the backbone's map of I; I (B, 3, 112, 112); u (B,) in [0, 1) picks
+    the group of each image, drawn if it is not given -> L_r (), tokens (B, 12, 768) for the
+    distillation, L_g (), and mean D² between and within groups, two () without gradient.
+    """
+
+    def __init__(self, channels: int = 2048, groups: int = 32, ratio: float = 0.75,
+                 kappa: float = 4.0, balanced: bool = False, image_size: int = 112,
+                 patch: int = 16, **autoencoder):
+        super().__init__()
+        self.groups, self.kappa, self.balanced = groups, kappa, balanced
+        self.grouping = ChannelGrouping(channels, groups)
+        self.masking = SemanticMasking(groups, image_size, patch, ratio)
+        self.mae = MaskedAutoencoder(image_size, patch, **autoencoder)
+
+    def forward(self, X: Tensor, I: Tensor, u: Tensor | None = None):  # noqa: E741
+        C = self.grouping(X)
+        L_g = grouping_loss(C, self.groups, self.balanced)
+        with torch.no_grad():
+            D2 = mean_similarities(*pair_sums(C, self.groups), C.shape[1], self.groups)
+        a, keep, mask = self.masking(C, u)
+        error, tokens = self.mae(I, keep)
+        # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
+        L_r = (error * mask).sum() / mask.sum()
+        return L_r + refinement_term(a, mask, error, self.kappa), tokens, L_g, *D2
+
+
+# ===== 3.3 Connecting two branches =====
+#
+# FFL wants easy reconstruction, GFL wants views alike; if both pull at the backbone, it breaks:
+# 20.98 % in place of 44.01 % (Table 3, b and d). So FFL is cut off. The map X that makes the scores
+# carries no gradient back, and the branches only compare notes: the autoencoder's vector of the
+# face and the backbone's vectors of its two views go through projectors of their own, and each
+# should give the distribution that is their common mean.
+
+
+def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
+    """Each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
+
+    zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over the three, averaged over the batch.
+
+    Departure 7. Eq. 5 has KL(ψ(z_i/t) ‖ ψ(z̄/t)) and gradient through z̄. As in the authors' code,
+    z̄ teaches: it is a constant and stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all
+    that the teacher thinks likely must be covered. t² is Hinton's: the softmax's gradient shrinks
+    by 1/t, the difference of the distributions by another, and t² makes the size independent of t.
+    """
+    with full_precision(zs[0]):
+        zs = [z.float() for z in zs]
+        teacher = F.log_softmax(torch.stack(zs).mean(dim=0).detach() / t, dim=1)
+        return t**2 * sum(F.kl_div(F.log_softmax(z / t, dim=1), teacher, log_target=True,
+                                   reduction="batchmean") for z in zs)
+
+
+# ===== 3.3 Total loss =====
+#
+# Who trains whom ("–" is no gradient at all; a test holds this table):
+#
+#           backbone   projector, predictor   grouping layer   encoder   decoder   distil heads
+#     L_s   yes        yes                    –                –         –         –
+#     L_r   –          –                      by κ alone       yes       yes       –
+#     L_d   yes        –                      –                yes       –         yes
+#     L_g   –          –                      yes              –         –         –
+
+
+class SimFLE(nn.Module):
+    """SimFLE. Without arguments, the paper's model. (Sec. 3, Fig. 2, Eq. 6)
+
+    forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
+    augmented; u (B,) in [0, 1) picks each image's channel group, drawn if it is not given -> a dict
+    of scalars: `loss` with gradient, and without it L_s, L_r, L_d, L_g, spread, D2_between,
+    D2_within. `**facemae` goes to `FaceMAE`. Call `update()` after every step of the optimiser.
+
+        model = SimFLE()
+        model(v1, v2, I)["loss"].backward(); optimizer.step()
+        model.update()
+    """
+
+    def __init__(self, backbone: Backbone | None = None, hidden: int = 4096, outputs: int = 256,
+                 tau: float = 0.99, alpha: float = 0.3, beta: float = 0.03, t: float = 4.0,
+                 **facemae):
+        super().__init__()
+        backbone = Backbone() if backbone is None else backbone
+        self.alpha, self.beta, self.t = alpha, beta, t
+        self.gfl = BYOL(backbone, hidden, outputs, tau)
+        self.ffl = FaceMAE(backbone.channels, **facemae)
+        width = self.ffl.mae.embed.out_features
+        self.distil_m = mlp(width, hidden, outputs)  # of the encoder's tokens
+        self.distil_v = mlp(backbone.channels, hidden, outputs)  # of the backbone's features
+
+    @property
+    def backbone(self) -> Backbone:
+        """The one network that is kept in the end."""
+        return self.gfl.online.backbone
+
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
+                u: Tensor | None = None) -> dict[str, Tensor]:
+        # 3.1 What is the same in two views?
+        L_s, h1, h2, z1 = self.gfl(v1, v2)
+
+        # 3.2 What must be seen to guess the rest? The backbone looks at I in train mode (its
+        # running statistics move for the third time), but no gradient comes back to it from here.
+        with torch.no_grad():
+            X, _ = self.backbone(I)
+        L_r, tokens, L_g, D2_between, D2_within = self.ffl(X, I, u)
+
+        # 3.3 The two compare notes. The face's vector is the mean over its visible patches; the
+        # class token is left out, as with the authors.
+        z_m = self.distil_m(tokens.mean(dim=1))
+        z_v1, z_v2 = self.distil_v(h1), self.distil_v(h2)
+        L_d = distillation_loss([z_m, z_v1, z_v2], self.t)
+
+        # Eq. 6
+        loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
+        parts = dict(L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1),
+                     D2_between=D2_between, D2_within=D2_within)
+        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+
+    def update(self) -> None:
+        """What changes without gradient, once after every step: the target (Sec. 3.1)."""
+        self.gfl.update()
+# ================================ Settings ================================
+
+
+def setting(default, help: str):
+    """A field of `Settings` with the text that --help shows for it."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Settings:
+    """All settings; the fields are the command line (`batch_size` is `--batch-size`).
+
+    Each says its unit and where it comes from: the section of the paper, "authors" for their public
+    code, "ours" for what neither gives. The defaults are the preset `paper`.
+    """
+
+    data: str = setting("", "a folder of pictures, or the name of one in data/; none: the demo")
+    name: str = setting("", "of the run: results go to runs/NAME; default: the data's name (ours)")
+    preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)")
+    fresh: bool = setting(False, "start over, even where runs/NAME has a checkpoint (ours)")
+    # Length and rate
+    epochs: int = setting(100, "epochs of pre-training (4.1)")
+    steps: int = setting(0, "steps of pre-training, in place of epochs; 0: epochs decide (ours)")
+    batch_size: int = setting(256, "images a step, over all processes (4.1)")
+    lr: float = setting(0.05, "learning rate per 256 images of a step (4.1)")
+    momentum: float = setting(0.9, "of SGD (4.1)")
+    weight_decay: float = setting(1e-4, "of SGD (4.1)")
+    seed: int = setting(0, "of the weights, the order and every augmentation (ours)")
+    # Pictures
+    view_size: int = setting(224, "pixels a side of a view (4.1)")
+    ffl_size: int = setting(112, "pixels a side of the image that FaceMAE sees (4.1)")
+    crop_min: float = setting(0.08, "least share of a picture that a crop covers (4.1, SimCLR)")
+    # The method
+    arch: str = setting("resnet50", "backbone: a torchvision ResNet, or small (4.1)")
+    hidden: int = setting(4096, "hidden width of every head (authors)")
+    outputs: int = setting(256, "output width of every head (authors)")
+    tau: float = setting(0.99, "inertia of the target stream, 0 to 1 (authors)")
+    groups: int = setting(32, "channel groups N_g (4.1)")
+    grouping: str = setting("paper", "Eq. 2 as in the paper, or balanced: per pair (ours)")
+    mask_ratio: float = setting(0.75, "share of the patches that is masked (4.1)")
+    mask_gradient: float = setting(4.0, "strength of the masking's refinement; 0: none (ours)")
+    patch: int = setting(16, "pixels a side of a patch (4.1)")
+    vit: str = setting("base", "the autoencoder: base as in MAE (4.1), or tiny (ours)")
+    norm_pix: bool = setting(True, "normalise the autoencoder's pixels patch by patch (MAE)")
+    alpha: float = setting(0.3, "weight of L_d (4.3)")
+    beta: float = setting(0.03, "weight of L_g (4.3)")
+    temperature: float = setting(4.0, "of the distillation's softmax (3.3)")
+    # Machine
+    workers: int = setting(-1, "loading processes a process; -1: its share of the cores (ours)")
+    sync_bn: bool = setting(False, "BatchNorm over all processes; GPUs only (ours)")
+    compile: bool = setting(False, "torch.compile the step (ours)")
+    log_every: int = setting(20, "steps between two lines of log.jsonl, which holds means (ours)")
+
+
+# laptop was found by measurement on the toy faces: 64-pixel views, 7 × 7 patches of 8 pixels.
+PRESETS = {
+    "paper": {},
+    "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
+                   batch_size=64, lr=0.4, steps=400, crop_min=0.3),
+}
+VITS = {
+    "base": dict(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8,
+                 decoder_heads=16),
+    "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4),
+}
+# What may differ between a checkpoint and the run that goes on from it.
+FREE = {"fresh", "workers", "log_every", "compile"}
+
+HERE = Path(__file__).resolve().parent
+# AffectNet's colour statistics, as the authors publish them; used for all data. (B.1, B.4)
+MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
+
+
+class Problem(Exception):
+    """Something a user can mend. Its text is one sentence: what, where, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are Problems, so that three processes complain once."""
+
+    def error(self, message: str):
+        raise Problem(f"{message}; `python simfle.py --help` lists the options.")
+
+
+def read_settings(argv: list[str] | None = None) -> Settings:
+    """The command line, on top of its preset, on top of the defaults. Raises Problem."""
+    parser = Parser(description="SimFLE: self-supervised facial expression recognition.",
+                    allow_abbrev=False)
+    for f in fields(Settings):
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool)
+                else dict(type=type(f.default)))
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} [{f.default}]", **kind)
+    given = vars(parser.parse_args(argv))
+    data = given.get("data", "")
+    given["preset"] = given.get("preset") or (
+        "laptop" if not data or Path(data).name == "toy" else "paper")
+    check_choice("preset", given["preset"], PRESETS)
+    if "epochs" in given:
+        given.setdefault("steps", 0)  # asked for in epochs, a preset's steps do not count
+    s = Settings(**PRESETS[given["preset"]] | given)
+    s.data = data or "toy"
+    s.name = s.name or (Path(s.data).resolve().name if data else "demo")
+    check_settings(s)
+    return s
+
+
+def check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise Problem(f"--{name} {value} is not known; it is one of: {', '.join(choices)}.")
+
+
+def check_settings(s: Settings) -> None:
+    """Raises Problem for what cannot work, before anything is loaded."""
+    check_choice("arch", s.arch, RESNETS)
+    check_choice("vit", s.vit, VITS)
+    check_choice("grouping", s.grouping, ("paper", "balanced"))
+    for name in ("epochs", "batch_size", "view_size", "ffl_size", "hidden", "outputs", "groups",
+                 "patch", "log_every", "lr", "temperature"):
+        if not getattr(s, name) > 0:
+            raise Problem(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}.")
+    for name in ("steps", "momentum", "weight_decay", "mask_gradient", "alpha", "beta"):
+        if not getattr(s, name) >= 0:
+            raise Problem(f"--{name.replace('_', '-')} must not be negative.")
+    if not (0 < s.mask_ratio < 1 and 0 <= s.tau <= 1 and 0 < s.crop_min <= 1):
+        raise Problem("--mask-ratio must lie between 0 and 1, --tau from 0 to 1, and --crop-min "
+                      "above 0 and up to 1.")
+    if s.ffl_size % s.patch:
+        raise Problem(f"--patch {s.patch} does not divide --ffl-size {s.ffl_size}; choose sizes "
+                      f"that it divides, as 16 divides 112.")
+
+
+RESNETS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+           "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2")
+
+
+def build_backbone(arch: str) -> Backbone:
+    """A backbone with new weights, by name. Another one: give it a name here and in RESNETS."""
+    return Backbone(small_resnet() if arch == "small" else getattr(torchvision.models, arch)())
+
+
+def build_model(s: Settings) -> SimFLE:
+    """The model that the settings describe, its weights drawn from the seed. Raises Problem."""
+    torch.manual_seed(s.seed)
+    try:
+        return SimFLE(build_backbone(s.arch), s.hidden, s.outputs, s.tau, s.alpha, s.beta,
+                      s.temperature, groups=s.groups, ratio=s.mask_ratio, kappa=s.mask_gradient,
+                      balanced=s.grouping == "balanced", image_size=s.ffl_size, patch=s.patch,
+                      norm_pix=s.norm_pix, **VITS[s.vit])
+    except ValueError as error:
+        raise Problem(f"{error}; change --groups, --patch or --ffl-size.") from None
+
+
+# ================================ Part II: training ================================
+#
+# Section 4.1: SGD with momentum 0.9 and weight decay 1e-4, rate 0.05 at 256 images, cosine to 0,
+# 100 epochs.
+
+# ===== 4.1 Pictures =====
+#
+# A loading process decodes a picture, cuts and resizes its two crops and the whole face, and hands
+# them over as bytes. Colours, blur and normalisation follow on the whole batch, on its device: in
+# Pillow they cost several times the decoding.
+#
+# Randomness is a function, not a state: all that happens to an image in an epoch is drawn from
+# (seed, epoch, index). So the number of workers changes nothing, nor does the number of processes,
+# and a run that goes on needs no generator's state.
+
+
+def stream_of(*key) -> torch.Generator:
+    """A generator for this key alone, the same in every process and on every machine. (ours)"""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def find_data(name: str) -> Path:
+    """The folder that --data means. Raises Problem, with the folders that there are."""
+    for folder in (Path(name), HERE / "data" / name):
+        if folder.is_dir():
+            return folder
+    there = sorted(p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir())
+    raise Problem(f"there is no dataset {name}: neither a folder of that name nor "
+                  f"{HERE / 'data' / name}; in data/ there is {', '.join(there) or 'nothing'} "
+                  f"(`python data/toy.py` draws toy faces).")
+
+
+def find_pictures(folder: Path) -> list[str]:
+    """All pictures below a folder, at any depth, with any extension Pillow reads, in fixed order.
+
+    Hidden files and folders are skipped. Raises Problem if there are none.
+    """
+    readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith((".", "__MACOSX"))]
+        found += [os.path.join(parent, f) for f in files
+                  if not f.startswith(".") and os.path.splitext(f)[1].lower() in readable]
+    if not found:
+        raise Problem(f"{folder} holds no pictures, at no depth; put some there (such as "
+                      f"{folder / 'anything.jpg'}) or give another --data.")
+    return sorted(found)
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture as RGB: grey, palette, CMYK and 16-bit grey become so, transparency is dropped."""
+    with Image.open(path) as picture:
+        if picture.mode.startswith("I;16"):  # Pillow would cut 65,535 off at 255
+            picture = picture.point(lambda v: v * (1 / 256)).convert("L")
+        return picture.convert("RGB")
+
+
+DICE_PER_VIEW = 9  # flip, jitter or not, 4 strengths, grey, blur or not, its width
+DICE = 2 * DICE_PER_VIEW + 1  # and u, which picks the channel group
+TRIES = 64  # unreadable pictures in a row that are stepped over
+
+
+class Faces(Dataset):
+    """What a step needs of one image. faces[epoch, index] -> a dict of tensors (Sec. 3.1, 4.1):
+
+    views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
+    resized; dice (19,) uniform in [0, 1) for what happens on the device; index (); unreadable (),
+    how many pictures from `index` on could not be read and were replaced by the next one.
+    """
+
+    def __init__(self, paths: list[str], view_size: int, ffl_size: int, crop_min: float, seed: int):
+        self.paths, self.seed, self.crop_min = paths, seed, crop_min
+        self.view_size, self.ffl_size = [view_size] * 2, [ffl_size] * 2
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The picture, or the next that can be read; and how many could not."""
+        for bad in range(TRIES):
+            with contextlib.suppress(Exception):  # Pillow raises many kinds for broken files
+                return read_picture(self.paths[(index + bad) % len(self)]), bad
+        return Image.new("RGB", (8, 8)), TRIES  # the training loop ends the run for that many
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        picture, unreadable = self.read(index)
+        with torch.random.fork_rng(devices=[]):  # torchvision's crop draws from the global stream
+            torch.default_generator.set_state(stream_of(self.seed, epoch, index).get_state())
+            boxes = [RandomResizedCrop.get_params(picture, (self.crop_min, 1), (3 / 4, 4 / 3))
+                     for _ in range(2)]
+            dice = torch.rand(DICE)
+        views = [TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size)) for box in boxes]
+        # Departure 6: a square, whatever the picture's shape.
+        image = TF.pil_to_tensor(TF.resize(picture, self.ffl_size))
+        return dict(views=torch.stack(views), image=image, dice=dice, index=torch.tensor(index),
+                    unreadable=torch.tensor(unreadable))
+
+
+# ===== 4.1 Augmentation =====
+#
+# SimCLR's list at strength 1: crop (above), flip with probability ½, with 0.8 a jitter of
+# brightness, contrast and saturation by factors from 0.2 to 1.8 and of the hue by up to 0.2 of a
+# turn, grey with 0.2, blur with ½. Each function does to a batch x (B, 3, H, W) in [0, 1] what
+# torchvision's function of that name does to one picture, with a factor for each image: f (B,).
+
+
+def grey(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R 601-2. (Sec. 4.1)"""
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
+    """f of x and 1 − f of the other, cut to [0, 1]: at f = 1 x itself, beyond 1 away from other."""
+    f = f[:, None, None, None]
+    return (f * x + (1 - f) * other).clamp(0, 1)
+
+
+def adjust_brightness(x: Tensor, f: Tensor) -> Tensor:
+    """Towards black (Sec. 4.1, SimCLR)."""
+    return blend(x, 0.0, f)
+
+
+def adjust_contrast(x: Tensor, f: Tensor) -> Tensor:
+    """Towards the picture's mean grey (Sec. 4.1, SimCLR)."""
+    return blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f)
+
+
+def adjust_saturation(x: Tensor, f: Tensor) -> Tensor:
+    """Towards the picture in grey (Sec. 4.1, SimCLR)."""
+    return blend(x, grey(x), f)
+
+
+def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
+    """Turns the hue by f of a circle, -0.5 to 0.5 (Sec. 4.1, SimCLR)."""
+    value, _ = x.max(dim=1)
+    chroma = value - x.min(dim=1).values
+    r, g, b = x.unbind(dim=1)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    # The hue in sixths of a turn, counted from the primary colour that is largest.
+    hue = torch.where(value == r, (g - b) / safe,
+                      torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * f[:, None, None]
+    # Back: each colour is the value less as much of the chroma as its distance on the circle asks.
+    k = (torch.stack([hue + 5, hue + 3, hue + 1], dim=1)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
+    """Blurs image b by a Gaussian of sigma[b] pixels; sigma 0 leaves it as it is. (Sec. 4.1,
+    SimCLR)
+
+    kernel: taps, odd. A blur of the rows is a matrix K (H × H), mirrored borders and all, so the
+    whole of it is K x Kᵀ: two batched products with one matrix per image, whatever each one's
+    sigma.
+    """
+    tap = torch.arange(kernel, device=x.device) - kernel // 2
+    weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]).square())  # (B, 23)
+    weight = weight / weight.sum(dim=1, keepdim=True)
+
+    def matrix(n: int) -> Tensor:
+        position = (torch.arange(n, device=x.device)[:, None] + tap).abs()  # mirrored at 0 ...
+        position = n - 1 - (n - 1 - position).abs()  # ... and at n − 1, without the edge itself
+        return torch.einsum("bk,hkw->bhw", weight, F.one_hot(position, n).to(x.dtype))
+
+    rows, columns = matrix(x.shape[2])[:, None], matrix(x.shape[3])[:, None]
+    return rows @ x @ columns.mT
+
+
+JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over AffectNet. (Sec. B.1)"""
+    x = x / 255 if x.dtype == torch.uint8 else x
+    mean, std = torch.tensor((MEAN, STD), device=x.device)[:, :, None, None]
+    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def augment(x: Tensor, dice: Tensor, order: list[int]) -> Tensor:
+    """All of SimCLR's list but the crop. (Sec. 4.1)
+
+    x: (B, 3, H, W) uint8. dice: (B, 9) uniform in [0, 1). order: a permutation of 0 to 3, in which
+    the jitters come (departure 9: one for the batch). Returns (B, 3, H, W), normalised.
+    """
+    flip, jitter, *strengths, to_grey, blur, width = dice.unbind(dim=1)
+    x = x / 255
+    x = torch.where((flip < 0.5)[:, None, None, None], x.flip(3), x)
+    for which in order:
+        hue = JITTER[which] is adjust_hue
+        # Uniform in 1 ± 0.8, for the hue in 0 ± 0.2; where there is no jitter, what changes
+        # nothing.
+        f = (2 * strengths[which] - 1) * (0.2 if hue else 0.8)
+        x = JITTER[which](x, torch.where(jitter < 0.8, f, 0.0) + (0 if hue else 1))
+    x = torch.where((to_grey < 0.2)[:, None, None, None], grey(x), x)
+    # Departure 4: blur with probability ½. At 224 pixels SimCLR's 0.1 to 2, elsewhere the same share
+    # of the picture; over a tenth of the picture, made odd: 23 taps at 224.
+    size = x.shape[3]
+    sigma = torch.where(blur < 0.5, (0.1 + 1.9 * width) * size / 224, 0.0)
+    return normalise(gaussian_blur(x, sigma, kernel=size // 10 | 1))
+
+
+def prepare(batch: dict[str, Tensor], key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A batch of `Faces`, on its device -> v1, v2, I, u of `SimFLE`. key: (seed, epoch, done)."""
+    orders = stream_of(*key)  # drawn for each of the two views
+    views, dice = batch["views"], batch["dice"]
+    v1, v2 = (augment(views[:, i], dice[:, i * DICE_PER_VIEW:(i + 1) * DICE_PER_VIEW],
+                      torch.randperm(4, generator=orders).tolist()) for i in range(2))
+    return v1, v2, normalise(batch["image"]), dice[:, -1]
+
+
+# ===== 4.1 Order of the images =====
+
+
+class Batches:
+    """Which images each process gets in each step. A batch sampler for DataLoader. (Sec. 4.1)
+
+    An epoch is one permutation, drawn from (seed, epoch). A step takes its next `batch` images, and
+    of these process `rank` its own run of batch/world. What does not fill a batch is dropped. A
+    place in the training is (epoch, done): done counts images, not steps, so that another number of
+    processes can go on from it. One stream over all epochs: workers never wait for an epoch to end.
+    """
+
+    def __init__(self, images: int, batch: int, total: int, seed: int, rank: int = 0,
+                 world: int = 1, epoch: int = 0, done: int = 0):
+        self.images, self.batch, self.total, self.seed = images, batch, total, seed
+        self.rank, self.world, self.epoch, self.done = rank, world, epoch, done
+
+    def step(self, epoch: int, done: int) -> int:
+        """How many steps lie before this place."""
+        return epoch * (self.images // self.batch) + done // self.batch
+
+    def places(self):
+        """The (epoch, done) of every step that is left."""
+        epoch, done = self.epoch, self.done
+        while self.step(epoch, done) < self.total:
+            if done + self.batch > self.images:
+                epoch, done = epoch + 1, 0
+                continue
+            yield epoch, done
+            done += self.batch
+
+    def __iter__(self):
+        drawn, share = None, self.batch // self.world
+        for epoch, done in self.places():
+            if drawn != epoch:
+                order = torch.randperm(self.images, generator=stream_of(self.seed, epoch)).tolist()
+                drawn = epoch
+            first = done + self.rank * share
+            yield [(epoch, index) for index in order[first:first + share]]
+
+
+# ===== 4.1 Processes =====
+
+
+@dataclass
+class World:
+    """All that the rest of the file knows of processes: this one's rank, how many, its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+    local_size: int = 1  # processes on this machine
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def processes():
+    """Joins the group that torchrun started, or is one process without a group. Raises Problem."""
+    rank, size, local_rank, local_size = (
+        int(os.environ.get(name, default)) for name, default in
+        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    cuda = torch.cuda.is_available()
+    if cuda and local_size > torch.cuda.device_count():
+        raise Problem(f"{local_size} processes were started on a machine with "
+                      f"{torch.cuda.device_count()} GPUs; start no more than that with "
+                      f"--nproc_per_node.")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if "RANK" not in os.environ:
+        yield World(rank, size, device, local_size)
+        return
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    yield World(rank, size, device, local_size)
+    # Not in a `finally`: where one process failed, waiting for the others to say goodbye would
+    # hang.
+    dist.destroy_process_group()
+
+
+def agree(world: World, make):
+    """What `make()` returns in process 0, in every process; a Problem in it is raised in all."""
+    result = [None, None]
+    if world.first:
+        try:
+            result[0] = make()
+        except Problem as problem:
+            result[1] = str(problem)
+    if world.size > 1:
+        dist.broadcast_object_list(result, device=world.device)
+    if result[1]:
+        raise Problem(result[1])
+    return result[0]
+
+
+# ===== 4.1 Checkpoints =====
+
+
+def write_whole(path: Path, write) -> None:
+    """Lets `write(file)` fill a temporary file, which takes path's place once it is safe on disk.
+
+    A crash leaves the old file or the new one, never half of one. Raises Problem where the disk
+    does.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise Problem(f"{path} could not be written ({error}); what stood there before is intact: "
+                      f"make room or mend the disk, and start the same command again.") from None
+
+
+def load_file(path: Path) -> dict:
+    """A file of torch.save, without running code that it may carry. Raises Problem."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
+        reason = str(error).strip().split("\n")[0][:150]
+        raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); move it away or "
+                      f"start over with --fresh.") from None
+    if not isinstance(content, dict):
+        raise Problem(f"{path} is not a checkpoint; move it away or start over with --fresh.")
+    return content
+
+
+def same_settings(path: Path, old: dict, new: dict) -> None:
+    """Raises Problem that names every setting in which a checkpoint differs from this command."""
+    differ = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted(old.keys() | new)
+              if k not in FREE and old.get(k) != new.get(k)]
+    if differ:
+        raise Problem(f"{path} comes from other settings ({'; '.join(differ)}); repeat them, give "
+                      f"this run another name with --name, or start over with --fresh.")
+
+
+def load_state(path: Path, saved: dict, model: nn.Module, optimizer) -> None:
+    """Fills model and optimiser from a checkpoint. Raises Problem if they do not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Problem(f"{path} does not fit this model ({reason}); move it away or start over with "
+                      f"--fresh.") from None
+
+
+def share_state(model: nn.Module, optimizer) -> None:
+    """Process 0's weights, buffers and momentum, to all: only it needs to see the disk."""
+    started = [bool(optimizer.state)]
+    dist.broadcast_object_list(started)
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if started[0]:
+            state = optimizer.state[p]
+            state.setdefault("momentum_buffer", torch.zeros_like(p))
+            dist.broadcast(state["momentum_buffer"], 0)
+
+
+# ===== 4.1 What is watched =====
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's, over the last dimension; 0 where one of them is constant. (ours)"""
+    x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
+    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def measure_refinement(model: SimFLE, images: Tensor, rounds: int = 4) -> dict:
+    """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
+
+    images: (N, 3, 112, 112) uint8, held out. The error of every patch under random masks, the mean
+    over the rounds in which it is masked; the share of the groups that keep it; and their
+    correlation, over the 49 positions, of the means over all images, and within an image, averaged.
+    Eval mode, always the same masks; weights and buffers are left as they are. Any masking can be
+    measured by it.
+    """
+    device, masking = next(model.parameters()).device, model.ffl.masking
+    draw, was_training = stream_of("measure"), model.training
+    model.eval()
+    errors, keeps = [], []
+    for chunk in images.split(64):
+        I = normalise(chunk.to(device))  # noqa: E741
+        C = model.ffl.grouping(model.backbone(I)[0])
+        kept = 0
+        for g in range(masking.groups):
+            u = torch.full((len(I),), (g + 0.5) / masking.groups, device=device)
+            kept = kept + (1 - masking(C, u)[2])
+        keeps.append(kept / masking.groups)
+        error = times = 0
+        for _ in range(rounds):
+            dice = torch.rand(kept.shape, generator=draw).to(device)
+            keep, mask = mask_lowest(dice, masking.ratio)
+            error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
+        errors.append(error / times.clamp(min=1))
+    model.train(was_training)
+    error, keep = torch.cat(errors), torch.cat(keeps)
+    return dict(positions=correlation(error.mean(0), keep.mean(0)).item(),
+                within_image=correlation(error, keep).mean().item(),
+                error_map=[round(v, 4) for v in error.mean(0).tolist()],
+                keep_map=[round(v, 4) for v in keep.mean(0).tolist()])
+
+
+class Status:
+    """Lines for people: one that rewrites itself on a terminal, one every few seconds elsewhere."""
+
+    def __init__(self, total: int, quiet: bool, seconds: float = 5.0):
+        self.total, self.quiet, self.terminal = total, quiet, sys.stdout.isatty()
+        self.seconds = 0.5 if self.terminal else seconds
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Clocks start here: what came before counts for no rate."""
+        self.first_step, self.first_time, self.last = step, time.perf_counter(), 0.0
+        self.waited = self.images = 0
+
+    def due(self, step: int) -> bool:
+        return not self.quiet and (time.perf_counter() - self.last >= self.seconds
+                                   or step in (self.first_step + 1, self.total))
+
+    def show(self, step: int, text: str) -> None:
+        """`text` with speed and time left, after `step` steps of the total."""
+        now = time.perf_counter()
+        self.last, spent = now, max(now - self.first_time, 1e-9)
+        left = spent / max(step - self.first_step, 1) * (self.total - step)
+        line = (f"step {step}/{self.total}  {text}  {self.images / spent:.0f} images/s  "
+                f"waiting {self.waited / spent:.0%}  left {clock(left)}")
+        if self.terminal:
+            width = os.get_terminal_size(sys.stdout.fileno()).columns
+            print("\r\033[K" + line[:max(1, width - 1)], end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            print(("\r\033[K" if self.terminal else "") + text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """3725 s is 1:02:05."""
+    s = round(seconds)
+    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}"
+
+
+# ===== 4.1 Pre-training =====
+
+
+def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
+    """The pictures to train on, and a few set aside for `measure_refinement`. Raises Problem.
+
+    Where the data has train/, only that is read. Departure 13: of AffectNet's 287,651, 256 are set
+    aside, the same for the same seed; of a small set, one in twenty.
+    """
+    folder = find_data(s.data)
+    paths = find_pictures(folder / "train" if (folder / "train").is_dir() else folder)
+    order = torch.randperm(len(paths), generator=stream_of(s.seed, "aside")).tolist()
+    aside = sorted(order[:min(256, len(paths) // 20)])
+    chosen = set(aside)
+    return [p for i, p in enumerate(paths) if i not in chosen], [paths[i] for i in aside]
+
+
+def draw_toy_faces(s: Settings, world: World) -> None:
+    """Draws data/toy if it is asked for; what is there already is not drawn again."""
+    if s.data == "toy" and not (HERE / "data/toy/val").is_dir():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each machine has its own disk
+            subprocess.run([sys.executable, HERE / "data" / "toy.py"], check=True)
+        if world.size > 1:
+            dist.barrier()
+
+
+class Trainer:
+    """One pre-training run, in runs/<name>/. (Sec. 4.1)
+
+    The settings decide everything that is computed; world decides who computes it.
+    """
+
+    def __init__(self, s: Settings, world: World):
+        self.s, self.world, self.folder = s, world, Path("runs", s.name)
+        paths, aside = split_pictures(s)
+        # Departure 10: ⌊256/W⌋ images a process, 255 in all on three. The rate follows what is
+        # true.
+        self.batch = s.batch_size // world.size * world.size
+        if self.batch < 2 * world.size:
+            raise Problem(f"--batch-size {s.batch_size} leaves fewer than 2 images to each of "
+                          f"{world.size} processes, and BatchNorm needs 2; raise it.")
+        if len(paths) < self.batch:
+            raise Problem(f"{find_data(s.data)} has {len(paths)} pictures to train on, fewer than "
+                          f"a batch of {self.batch}; lower --batch-size or add pictures.")
+        self.lr = s.lr * self.batch / 256
+        self.faces = Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed)
+        self.total = s.steps or s.epochs * (len(paths) // self.batch)
+        self.aside = aside
+        self.model = build_model(s).to(world.device, memory_format=torch.channels_last)
+        if s.sync_bn:
+            if world.device.type != "cuda":
+                raise Problem("--sync-bn works on GPUs only; leave it out.")
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trained, lr=self.lr, momentum=s.momentum,
+                                         weight_decay=s.weight_decay,
+                                         fused=world.device.type == "cuda")
+        self.place = self.resume()  # (epoch, done)
+        self.wrapped = self.wrap()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def resume(self) -> tuple[int, int]:
+        """Goes on from the run's checkpoint, if it has one. Raises Problem."""
+        settings = asdict(self.s) | {"pictures": len(self.faces)}
+
+        def read():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = self.folder / "log.jsonl"
+            if self.s.fresh or not self.checkpoint.exists():
+                log.write_bytes(b"")
+                return 0, 0
+            saved = load_file(self.checkpoint)
+            if not saved.keys() >= {"settings", "model", "optimizer", "place", "log_bytes"}:
+                raise Problem(f"{self.checkpoint} is no checkpoint of this program; move it away "
+                              f"or start over with --fresh.")
+            same_settings(self.checkpoint, saved["settings"], settings)
+            load_state(self.checkpoint, saved, self.model, self.optimizer)
+            log.touch()
+            os.truncate(log, min(saved["log_bytes"], log.stat().st_size))
+            return tuple(saved["place"])
+
+        self.settings = settings
+        return agree(self.world, read)
+
+    def save(self, place: tuple[int, int]) -> None:
+        """Writes checkpoint.pt and backbone.pt: process 0 alone. Raises Problem."""
+        if not self.world.first:
+            return
+        state = dict(settings=self.settings, place=list(place), model=self.model.state_dict(),
+                     optimizer=self.optimizer.state_dict(),
+                     log_bytes=(self.folder / "log.jsonl").stat().st_size)
+        write_whole(self.checkpoint, lambda file: torch.save(state, file))
+        backbone = self.model.backbone.resnet.state_dict()
+        write_whole(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
+
+    def wrap(self) -> nn.Module:
+        """The model as it is called in a step: across processes, compiled if asked."""
+        wrapped = self.model
+        if self.world.size > 1:
+            share_state(self.model, self.optimizer)
+            wrapped = DistributedDataParallel(
+                self.model, broadcast_buffers=False,  # departure 11: BatchNorm is local
+                gradient_as_bucket_view=True)
+            self.rehearse(wrapped)
+        return torch.compile(wrapped) if self.s.compile else wrapped
+
+    def rehearse(self, wrapped: nn.Module) -> None:
+        """One backward pass whose result is thrown away.
+
+        After its first backward pass DDP lays its buckets anew, in the order in which gradients
+        came; with three processes that changes the order of their sums. A run that goes on would
+        take its first step with the old buckets where an uninterrupted one has the new: no longer
+        bit-equal.
+        """
+        s, device = self.s, self.world.device
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        v = torch.randn(2, 3, s.view_size, s.view_size, generator=stream_of("rehearse")).to(device)
+        I = F.interpolate(v, s.ffl_size)  # noqa: E741
+        with self.mixed_precision():
+            loss = wrapped(v, v.flip(0), I, torch.zeros(2, device=device))["loss"]
+        loss.backward()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def mixed_precision(self):
+        """bf16 where it is fast; Part I takes itself out of it where fp32 is needed."""
+        kind = self.world.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
+
+    def loader(self, batches: Batches) -> DataLoader:
+        s, world = self.s, self.world
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = s.workers if s.workers >= 0 else max(1, cores // world.local_size)
+        return DataLoader(self.faces, batch_sampler=batches, num_workers=workers,
+                          pin_memory=world.device.type == "cuda",
+                          prefetch_factor=4 if workers else None)
+
+    def step(self, batch: dict[str, Tensor], place: tuple[int, int], rate: float) -> list[float]:
+        """One step. Returns loss, L_s, L_r, L_d, L_g, spread, D² between, within: means over all.
+
+        Raises Problem, in every process and before any weight moves, for a loss that is not finite.
+        """
+        batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+        with self.mixed_precision():
+            with torch.no_grad():
+                inputs = prepare(batch, (self.s.seed, *place))
+            parts = self.wrapped(*inputs)
+        parts["loss"].backward()
+        # The one place where the host waits for the device, and processes for each other beside
+        # DDP's own sums. A NaN anywhere is a NaN in the sum, everywhere.
+        values = torch.stack([v.detach().float() for v in parts.values()])
+        values = torch.cat([values, batch["unreadable"].sum().float()[None]])
+        if self.world.size > 1:
+            dist.all_reduce(values)
+        *values, unreadable = values.tolist()
+        values = {k: v / self.world.size for k, v in zip(parts, values)}
+        if not math.isfinite(values["loss"]):
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k.startswith("L_"))
+            raise Problem(f"the loss is not finite in epoch {place[0] + 1} ({shown}), so no step "
+                          f"was taken and the last checkpoint is good; a lower --lr may help.")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.update()
+        return values | {"unreadable": round(unreadable)}
+
+    def warn(self, batch: dict[str, Tensor], warned: set[str]) -> None:
+        """Names the unreadable pictures of this process's batch, each once."""
+        for index, bad in zip(batch["index"].tolist(), batch["unreadable"].tolist()):
+            for i in range(index, index + bad):
+                path = self.faces.paths[i % len(self.faces)]
+                if path not in warned:
+                    warned.add(path)
+                    print(f"\nsimfle: {path} cannot be read; another picture takes its place.",
+                          file=sys.stderr, flush=True)
+
+    def train(self) -> None:
+        """From the place where the run stands to its end. Raises Problem."""
+        s, world = self.s, self.world
+        batches = Batches(len(self.faces), self.batch, self.total, s.seed, world.rank, world.size,
+                          *self.place)
+        step = batches.step(*self.place)
+        status = Status(self.total, quiet=not world.first)
+        if step >= self.total:
+            status.say(f"{self.folder}: pre-training is complete; --fresh would start over.")
+            return
+        aside = torch.stack([TF.pil_to_tensor(TF.resize(read_picture(p), self.faces.ffl_size))
+                             for p in self.aside]) if world.first and self.aside else None
+        self.greet(status, step)
+        log, warned, unreadable, sums = Log(self.folder, world.first), set(), 0, {}
+        places = batches.places()
+        loading = iter(self.loader(batches))
+        self.model.train()
+        status.start(step)
+        for epoch, done in places:
+            before = time.perf_counter()
+            batch = next(loading)
+            status.waited += time.perf_counter() - before
+            rate = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.total))  # departure 5
+            values = self.step(batch, (epoch, done), rate)
+            step, status.images = step + 1, status.images + self.batch
+            self.warn(batch, warned)
+            unreadable = values.pop("unreadable") + (unreadable if done else 0)
+            if unreadable > max(1, len(self.faces) / 100):
+                raise Problem(f"{unreadable} pictures of epoch {epoch + 1} cannot be read, more "
+                              f"than 1 % of {find_data(s.data)}; mend or remove those named above.")
+            log.add(step, epoch, rate, values, s.log_every)
+            if status.due(step):
+                status.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  " + "  ".join(
+                    f"{k} {values[k]:.3f}" for k in ("L_s", "L_r", "L_d", "L_g", "spread")))
+            if done + 2 * self.batch > len(self.faces) or step == self.total:
+                if aside is not None:
+                    measured = measure_refinement(self.model, aside)
+                    log.write(dict(step=step, epoch=epoch + 1, refinement=measured))
+                    status.say(f"epoch {epoch + 1} done; error and keep frequency correlate by "
+                               f"{measured['positions']:+.2f} over positions, "
+                               f"{measured['within_image']:+.2f} within an image")
+                self.save((epoch, done + self.batch))
+        status.say(f"{self.folder}: pre-training is complete; the backbone is in "
+                   f"{self.folder / 'backbone.pt'}")
+
+    def greet(self, status: Status, step: int) -> None:
+        s, world = self.s, self.world
+        shares = f"{world.size} × {self.batch // world.size} on {world.device.type}"
+        status.say(f"{self.folder}: {len(self.faces):,} pictures, {len(self.aside)} set aside; "
+                   f"{self.total:,} steps of {self.batch} images ({shares}), rate {self.lr:g}"
+                   + (f"; goes on after step {step}" if step else ""))
+
+
+class Log:
+    """log.jsonl: one JSON object a line. Process 0 writes, the others do nothing."""
+
+    def __init__(self, folder: Path, active: bool):
+        self.path, self.active, self.sums, self.count = folder / "log.jsonl", active, {}, 0
+
+    def add(self, step: int, epoch: int, rate: float, values: dict[str, float], every: int) -> None:
+        """Adds a step's values; every so many steps their means are written."""
+        self.sums = {k: self.sums.get(k, 0.0) + v for k, v in values.items()}
+        self.count += 1
+        if step % every == 0:
+            means = {k: float(f"{v / self.count:.6g}") for k, v in self.sums.items()}
+            self.write(dict(step=step, epoch=epoch + 1, rate=float(f"{rate:.6g}")) | means)
+            self.sums, self.count = {}, 0
+
+    def write(self, record: dict) -> None:
+        if self.active:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+# ================================ main ================================
+
+
+def run(s: Settings) -> None:
+    """Decides what to do; the only place that does."""
+    with processes() as world:
+        draw_toy_faces(s, world)
+        Trainer(s, world).train()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a Problem, which process 0 tells."""
+    try:
+        run(read_settings(argv))
+    except Problem as problem:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nsimfle: {problem}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1050 @@
+"""Tests of simfle.py. Each is a sentence about the method or the program, with the equation it holds.
+
+    python -m pytest test_simfle.py
+
+Formulas are checked against slow, obvious versions of themselves; the program is run as users run
+it, with tiny nets. What takes longer is marked `slow` and runs with `-m slow`.
+"""
+
+import copy
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import functional as TF
+
+import simfle as S
+
+HERE = Path(__file__).resolve().parent
+TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
+        "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1"]
+torch.set_num_threads(1)  # tiny nets: a second thread would cost more than it does
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    options = dict(hidden=32, outputs=16, groups=8, image_size=28, patch=4, **S.VITS["tiny"])
+    return S.SimFLE(S.Backbone(S.small_resnet(8)), **options | changes).to(DEVICE)
+
+
+def small_inputs(B=4, seed=0):
+    return [seeded(B, 3, n, n, seed=seed + i).to(DEVICE) for i, n in enumerate((32, 32, 28))]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """Toy faces: 66 to train on, 16 to test on."""
+    folder = tmp_path_factory.mktemp("data") / "faces"
+    subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", folder, "--train", "66",
+                    "--val", "16", "--size", "40"], check=True)
+    return folder
+
+
+# ---------------------------------------------------------------- 3.1 GFL
+
+
+def test_eq1_is_the_squared_distance_of_unit_vectors():
+    p, z = seeded(5, 16), seeded(5, 16, seed=1)
+    slow = sum(((a / a.norm() - b / b.norm()) ** 2).sum() for a, b in zip(p, z)) / 5
+    torch.testing.assert_close(S.similarity_loss(p, z), slow)
+    assert S.similarity_loss(p, p).abs() < 1e-6
+    torch.testing.assert_close(S.similarity_loss(p, -p), torch.tensor(4.0))
+
+
+def test_eq1_is_added_in_both_orders_and_only_the_other_view_is_the_target():
+    model = small_model().gfl
+    v1, v2, _ = small_inputs()
+    loss, h1, h2, z1 = model(v1, v2)
+    online = [model.predictor(model.online(v)[0]) for v in (v1, v2)]
+    target = [model.target(v)[0] for v in (v1, v2)]
+    expected = (S.similarity_loss(online[0], target[1]) + S.similarity_loss(online[1], target[0]))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(z1, model.online(v1)[0])
+    torch.testing.assert_close(h2, model.online.backbone(v2)[1])
+
+
+def test_views_are_normalised_apart():
+    model = small_model().gfl
+    v1, v2, _ = small_inputs()
+    h1 = model(v1, v2)[1]
+    torch.testing.assert_close(h1, model(v1, 5 * v2)[1])
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_ema_moves_every_parameter_of_the_target_and_no_buffer(tau):
+    model = small_model(tau=tau)
+    model(*small_inputs())
+    with torch.no_grad():
+        for p in model.gfl.online.parameters():
+            p.add_(torch.randn_like(p))
+    before = copy.deepcopy(model.gfl.target)
+    model.update()
+    for new, old, online in zip(model.gfl.target.parameters(), before.parameters(),
+                                model.gfl.online.parameters(), strict=True):
+        torch.testing.assert_close(new, tau * old + (1 - tau) * online)
+    for new, old in zip(model.gfl.target.buffers(), before.buffers(), strict=True):
+        assert torch.equal(new, old)
+
+
+def test_target_keeps_batchnorm_statistics_of_its_own():
+    model = small_model()
+    with torch.no_grad():
+        for p in model.gfl.target.parameters():
+            p.mul_(1.5)
+    model(*small_inputs())
+    online, target = (dict(m.named_buffers()) for m in (model.gfl.online, model.gfl.target))
+    name = "backbone.resnet.layer1.0.bn1.running_mean"
+    assert not torch.allclose(online[name], target[name])
+    # Two views, and for the online backbone the face besides.
+    count = "backbone.resnet.bn1.num_batches_tracked"
+    assert (online[count], target[count]) == (3, 2)
+
+
+def test_spread_is_0_in_a_collapse_and_near_one_over_the_root_when_healthy():
+    assert S.spread(torch.ones(8, 256)) == 0
+    assert abs(S.spread(seeded(512, 256)) - 1 / 16) < 0.002
+
+
+# ---------------------------------------------------------------- 3.2 Channel grouping, Eq. 2
+
+
+def eq2(C, groups):
+    """Eq. 2 as it stands: a double loop over channels. Returns the two sums, per image."""
+    B, channels = C.shape[:2]
+    between, within = torch.zeros(B, dtype=C.dtype), torch.zeros(B, dtype=C.dtype)
+    size = channels // groups
+    for b in range(B):
+        for i in range(channels):
+            for j in range(channels):
+                ci, cj = C[b, i].flatten(), C[b, j].flatten()
+                d2 = (ci @ cj / (ci.norm() * cj.norm())) ** 2
+                if i // size == j // size:
+                    within[b] = within[b] + d2
+                else:
+                    between[b] = between[b] + d2
+    return between, within
+
+
+@pytest.mark.parametrize("B, channels, groups, h, w", [(3, 8, 4, 2, 3), (2, 12, 3, 4, 4),
+                                                       (1, 6, 1, 2, 2), (2, 6, 6, 1, 3)])
+def test_eq2_by_the_gram_identity_equals_the_double_loop_in_value_and_gradient(B, channels, groups,
+                                                                               h, w):
+    C = seeded(B, channels, h, w).requires_grad_()
+    between, within = eq2(C, groups)
+    for got, slow in zip(S.pair_sums(C, groups), (between, within)):
+        torch.testing.assert_close(got, slow, rtol=1e-4, atol=1e-4)
+    slow = (between - within).mean() / channels
+    fast = S.grouping_loss(C, groups)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(x, C)[0] for x in (fast, slow)), rtol=1e-3,
+                               atol=1e-5)
+
+
+def test_eq2_example_worked_by_hand_in_the_docstring():
+    C = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 1]]).reshape(1, 4, 1, 2)
+    between, within = S.pair_sums(C, 2)
+    torch.testing.assert_close((between.item(), within.item()), (2.0, 7.0))
+    torch.testing.assert_close(S.grouping_loss(C, 2).item(), -1.25)
+
+
+def test_balanced_grouping_divides_each_sum_by_its_pairs():
+    C = seeded(2, 8, 2, 3)
+    between, within = eq2(C, 4)
+    expected = between.mean() / (64 - 16) - within.mean() / 16
+    torch.testing.assert_close(S.grouping_loss(C, 4, balanced=True), expected)
+
+
+def test_dead_channels_and_bf16_leave_eq2_finite_and_in_fp32():
+    C = seeded(2, 8, 2, 2)
+    C[:, ::2] = 0
+    C.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = S.grouping_loss(C, 4)
+    loss.backward()
+    assert C.grad.isfinite().all() and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, S.grouping_loss(C, 4), rtol=0, atol=0)
+
+
+def test_grouping_layer_starts_with_channels_that_differ():
+    C = S.ChannelGrouping(16, 4)(seeded(2, 16, 4, 4))
+    assert C.flatten(2).std(dim=1).mean() > 0.1 and C.min() >= 0
+    with pytest.raises(ValueError, match="5 channel groups do not divide 16"):
+        S.ChannelGrouping(16, 5)
+
+
+# ---------------------------------------------------------------- 3.2 Semantic masking, Eq. 3
+
+
+def test_eq3_scores_equal_sums_of_channels_and_loops_over_patches():
+    C, group = seeded(3, 8, 4, 4), torch.tensor([1, 0, 3])
+    a = S.SemanticMasking(4, 28, 4).scores(C, group)
+    for b in range(3):
+        total = C[b, 2 * group[b]] + C[b, 2 * group[b] + 1]
+        image = F.interpolate(total[None, None], size=(28, 28), mode="bilinear")[0, 0]
+        for i in range(49):
+            y, x = 4 * (i // 7), 4 * (i % 7)
+            expected = sum(image[y + dy, x + dx] for dy in range(4) for dx in range(4)) / 16
+            torch.testing.assert_close(a[b, i], expected)
+
+
+@pytest.mark.parametrize("patches, ratio, kept", [(49, 0.75, 12), (196, 0.75, 49), (50, 0.8, 10),
+                                                  (49, 0.999, 1), (4, 0.01, 3)])
+def test_the_lowest_scores_are_masked_and_every_patch_is_kept_or_masked(patches, ratio, kept):
+    a = seeded(5, patches)
+    keep, mask = S.mask_lowest(a, ratio)
+    assert keep.shape == (5, kept) and (mask.sum(1) == patches - kept).all()
+    for row, k, m in zip(a, keep, mask):
+        masked = m.nonzero().flatten()
+        assert sorted(k.tolist() + masked.tolist()) == list(range(patches))
+        assert row[k].min() > row[masked].max()
+
+
+def test_u_picks_the_group_and_groups_are_drawn_where_it_is_missing():
+    masking, C = S.SemanticMasking(4, 28, 4), seeded(4, 8, 4, 4)
+    a, _, _ = masking(C, torch.tensor([0.0, 0.26, 0.5, 0.999]))
+    torch.testing.assert_close(a, masking.scores(C, torch.tensor([0, 1, 2, 3])))
+    one = C[:1].expand(400, -1, -1, -1)
+    drawn = masking(one)[0]
+    counts = [(drawn == masking.scores(one, torch.full((400,), g))).all(1).sum() for g in range(4)]
+    assert sum(counts) == 400 and min(counts) > 50
+
+
+def test_bf16_does_not_change_a_mask():
+    C = seeded(64, 8, 4, 4)
+    masking, u = S.SemanticMasking(4, 28, 4), torch.rand(64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = masking(C, u)
+    assert under[0].dtype == torch.float32 and torch.equal(under[2], masking(C, u)[2])
+
+
+# ---------------------------------------------------------------- 3.2 Trainable refinement
+
+
+def test_refinement_is_zero_and_its_gradient_is_the_formula():
+    a, error = seeded(3, 49).double().requires_grad_(), seeded(3, 49, seed=1).double().square()
+    _, mask = S.mask_lowest(a, 0.75)
+    kappa = 4.0
+    with torch.no_grad():  # z, and the gradient that it should get, one number at a time
+        z = (a - a.mean(1, keepdim=True)) / (a.std(1, keepdim=True) + S.SCORE_EPS)
+        wanted = torch.zeros_like(a)
+        for b in range(3):
+            threshold = min(z[b, i] for i in range(49) if mask[b, i] == 0)
+            masked = [i for i in range(49) if mask[b, i] == 1]
+            mean = sum(error[b, i] for i in masked) / len(masked)
+            for i in masked:
+                s = 1 / (1 + math.exp(z[b, i] - threshold))
+                slope = s * (1 - s)
+                wanted[b, i] = -kappa * (error[b, i] - mean) * slope / len(masked) / 3
+    a32 = a.detach().float().requires_grad_()
+    term = S.refinement_term(a32, mask.float(), error.float().requires_grad_(), kappa)
+    assert term == 0
+    term.backward()
+    z = (a - a.mean(1, keepdim=True)) / (a.std(1, keepdim=True) + S.SCORE_EPS)
+    z.backward(wanted)  # through the standardisation, by autograd
+    torch.testing.assert_close(a32.grad, a.grad.float(), rtol=1e-3, atol=1e-7)
+
+
+def test_refinement_raises_hard_masked_patches_sinks_easy_ones_and_ignores_kept_ones():
+    a = torch.linspace(-1, 1, 49)[None].requires_grad_()
+    _, mask = S.mask_lowest(a, 0.75)
+    error = torch.ones(1, 49)
+    error[0, 30], error[0, 31], error[0, 45] = 3.0, 0.2, 100.0  # two masked, one kept
+    S.refinement_term(a, mask, error, 4.0).backward()
+    step = -a.grad[0]
+    assert step[30] > 0 > step[31] and step[30] == step.max() and step[31] == step.min()
+    other = torch.linspace(-1, 1, 49)[None].requires_grad_()
+    error[0, 45] = 1.0
+    S.refinement_term(other, mask, error, 4.0).backward()
+    torch.testing.assert_close(other.grad, a.grad)
+
+
+def test_refinement_of_a_constant_map_is_finite():
+    a = torch.ones(2, 49, requires_grad=True)
+    _, mask = S.mask_lowest(a, 0.75)
+    S.refinement_term(a, mask, seeded(2, 49).square(), 4.0).backward()
+    assert a.grad.isfinite().all()
+
+
+def test_kappa_0_gives_the_grouping_layer_nothing_of_the_reconstruction():
+    for kappa, trained in ((0.0, False), (4.0, True)):
+        model = small_model(kappa=kappa, beta=0.0, alpha=0.0)
+        model(*small_inputs())["loss"].backward()
+        assert bool(model.ffl.grouping.conv.weight.grad.abs().sum() > 0) == trained
+
+
+# ---------------------------------------------------------------- 3.2 FaceMAE, Eq. 4
+
+
+def test_patches_equal_unfold_and_come_back():
+    mae, I = S.MaskedAutoencoder(28, 4, **S.VITS["tiny"]), seeded(2, 3, 28, 28)
+    patches = mae.patchify(I)
+    unfolded = F.unfold(I, kernel_size=4, stride=4)  # (B, colour·row·column, 49)
+    expected = unfolded.reshape(2, 3, 16, 49).permute(0, 3, 2, 1).reshape(2, 49, 48)
+    assert torch.equal(patches, expected)
+    assert torch.equal(mae.unpatchify(patches), I)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_eq4_is_the_mean_squared_error_of_the_masked_patches(norm_pix):
+    torch.manual_seed(0)
+    ffl = S.FaceMAE(16, groups=4, kappa=0.0, image_size=28, patch=4, norm_pix=norm_pix,
+                    **S.VITS["tiny"])
+    X, I, u = seeded(2, 16, 4, 4), seeded(2, 3, 28, 28), torch.tensor([0.1, 0.6])
+    L_r, tokens, *_ = ffl(X, I, u)
+    _, keep, mask = ffl.masking(ffl.grouping(X), u)
+    guess = ffl.mae.unpatchify(ffl.mae.decode(ffl.mae.encode(ffl.mae.patchify(I), keep), keep))
+    total = count = 0
+    for b in range(2):
+        for i in mask[b].nonzero().flatten().tolist():
+            y, x = 4 * (i // 7), 4 * (i % 7)
+            true, got = I[b, :, y:y + 4, x:x + 4], guess[b, :, y:y + 4, x:x + 4]
+            if norm_pix:
+                true = (true - true.mean()) / (true.var() + S.PIXEL_EPS).sqrt()
+            total, count = total + ((true - got) ** 2).mean(), count + 1
+    assert count == 2 * 37 and tokens.shape == (2, 12, 128)
+    torch.testing.assert_close(L_r, total / count)
+
+
+def test_the_encoder_sees_kept_patches_alone_and_each_in_its_place():
+    mae, I = S.MaskedAutoencoder(28, 4, **S.VITS["tiny"]), seeded(1, 3, 28, 28)
+    keep, mask = S.mask_lowest(seeded(1, 49), 0.75)
+    patches = mae.patchify(I)
+    other = torch.where(mask[:, :, None] == 1, patches + 9, patches)
+    torch.testing.assert_close(mae.encode(patches, keep), mae.encode(other, keep))
+    # The order in which the kept patches are listed changes nothing.
+    turned = keep.flip(1)
+    torch.testing.assert_close(mae.decode(mae.encode(patches, keep), keep),
+                               mae.decode(mae.encode(patches, turned), turned))
+    # Another place does.
+    moved = patches.roll(1, dims=1)
+    assert not torch.allclose(mae.encode(patches, keep).mean(1),
+                              mae.encode(moved, (keep + 1) % 49).mean(1), atol=1e-4)
+
+
+def test_positions_are_sines_and_cosines_of_row_and_column_and_never_train():
+    positions = S.sincos_positions(7, 16)[0]
+    assert torch.equal(positions[0], torch.zeros(16))
+    row, column = 2, 5
+    expected = []
+    for coordinate in (row, column):
+        angles = [coordinate / 10_000 ** (k / 4) for k in range(4)]
+        expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    torch.testing.assert_close(positions[1 + 7 * row + column], torch.tensor(expected))
+    mae = S.MaskedAutoencoder(28, 4, **S.VITS["tiny"])
+    assert not mae.position.requires_grad and not mae.decoder_position.requires_grad
+    with pytest.raises(ValueError, match="patches of 5 do not divide"):
+        S.MaskedAutoencoder(28, 5)
+
+
+def test_a_block_is_attention_written_with_softmax():
+    torch.manual_seed(0)
+    block, x = S.Block(8, 2), seeded(2, 5, 8)
+    q, k, v = (F.layer_norm(x, (8,), eps=1e-6) @ block.qkv.weight.T + block.qkv.bias).chunk(3, -1)
+    heads = []
+    for h in range(2):
+        part = slice(4 * h, 4 * h + 4)
+        weights = (q[..., part] @ k[..., part].mT / 4**0.5).softmax(-1)
+        heads.append(weights @ v[..., part])
+    y = x + block.out(torch.cat(heads, -1))
+    torch.testing.assert_close(block(x), y + block.mlp(F.layer_norm(y, (8,), eps=1e-6)))
+
+
+# ---------------------------------------------------------------- 3.3 Connection and total loss
+
+
+def test_eq5_is_the_divergence_from_a_constant_mean_times_t_squared():
+    zs, t = [seeded(4, 6, seed=i).requires_grad_() for i in range(3)], 4.0
+    loss = S.distillation_loss(zs, t)
+    slow, mean = 0.0, sum(z.detach() for z in zs) / 3
+    for z in zs:
+        for b in range(4):
+            teacher, student = (mean[b] / t).softmax(0), (z[b] / t).softmax(0)
+            slow = slow + t**2 * (teacher * (teacher / student).log()).sum() / 4
+    torch.testing.assert_close(loss, slow)
+    for got, expected in zip(torch.autograd.grad(loss, zs), torch.autograd.grad(slow, zs)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_eq6_weighs_the_losses():
+    parts = small_model(alpha=0.5, beta=0.2)(*small_inputs(), torch.full((4,), 0.3, device=DEVICE))
+    expected = parts["L_s"] + parts["L_r"] + 0.5 * parts["L_d"] + 0.2 * parts["L_g"]
+    torch.testing.assert_close(parts["loss"].detach(), expected)
+
+
+WHO = {  # the table of Part I: which losses reach which parts
+    "backbone": ("L_s", "L_d"), "projector": ("L_s",), "predictor": ("L_s",),
+    "grouping": ("L_r", "L_g"), "encoder": ("L_r", "L_d"), "decoder": ("L_r",),
+    "distil": ("L_d",), "target": (),
+}
+
+
+def test_the_table_of_who_trains_whom():
+    model = small_model()
+    mae = model.ffl.mae
+    parts = dict(backbone=model.backbone.parameters(),
+                 projector=model.gfl.online.projector.parameters(),
+                 predictor=model.gfl.predictor.parameters(),
+                 grouping=model.ffl.grouping.parameters(),
+                 encoder=[*mae.embed.parameters(), mae.class_token, *mae.encoder.parameters()],
+                 decoder=[*mae.decoder_embed.parameters(), mae.mask_token,
+                          *mae.decoder.parameters(), *mae.to_pixels.parameters()],
+                 distil=[*model.distil_m.parameters(), *model.distil_v.parameters()],
+                 target=model.gfl.target.parameters())
+    parts = {name: list(ps) for name, ps in parts.items()}
+    trained = [p for ps in parts.values() for p in ps]
+    fixed = {id(p) for p in (mae.position, mae.decoder_position)}
+    assert {id(p) for p in trained} == {id(p) for p in model.parameters()} - fixed
+    v1, v2, I = small_inputs()
+    u = torch.tensor([0.1, 0.4, 0.6, 0.9], device=DEVICE)
+    L_s, h1, h2, _ = model.gfl(v1, v2)
+    with torch.no_grad():
+        X, _ = model.backbone(I)
+    L_r, tokens, L_g, *_ = model.ffl(X, I, u)
+    L_d = S.distillation_loss([model.distil_m(tokens.mean(1)), model.distil_v(h1),
+                               model.distil_v(h2)])
+    whole = copy.deepcopy(model)(v1, v2, I, u)  # the pieces above are what forward adds up
+    torch.testing.assert_close(whole["loss"], L_s + L_r + 0.3 * L_d + 0.03 * L_g)
+    for name, loss in dict(L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g).items():
+        for part, params in parts.items():
+            leaves = [p for p in params if p.requires_grad]
+            grads = (torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+                     if leaves else [])
+            if name in WHO[part]:  # some of a part may sit behind a ReLU; the part as a whole moves
+                assert sum(g.abs().sum() for g in grads if g is not None) > 0, (name, part)
+            else:
+                assert all(g is None for g in grads), (name, part)
+
+
+def test_forward_alone_reaches_what_the_table_says():
+    """The same, through SimFLE.forward: X must not carry L_r, L_g or the encoder's L_d back."""
+    model = small_model(alpha=0.0)
+    v1, v2, I = small_inputs()
+    loss = model(v1, v2, I)["loss"]
+    got = torch.autograd.grad(loss, list(model.backbone.parameters()))
+    other = small_model(alpha=0.0)
+    other.load_state_dict(model.state_dict())
+    expected = torch.autograd.grad(other.gfl(v1, v2)[0], list(other.backbone.parameters()))
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_face_moves_the_running_statistics_third():
+    model = small_model()
+    v1, v2, I = small_inputs()
+    alone = copy.deepcopy(model.backbone)
+    model(v1, v2, I)
+    with torch.no_grad():
+        for x in (v1, v2, I):
+            alone(x)
+    for (name, a), b in zip(model.backbone.named_buffers(), alone.buffers()):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+# ---------------------------------------------------------------- Counts
+
+
+def test_paper_model_has_the_counts_of_parameters_and_arithmetic():
+    torch.manual_seed(0)
+    model = S.SimFLE()
+
+    def count(parameters):
+        return sum(p.numel() for p in parameters)
+
+    assert count(model.parameters()) == 197_601_920
+    assert count(p for p in model.parameters() if p.requires_grad) == 164_580_160
+    assert count(model.gfl.online.parameters()) == count(model.gfl.target.parameters())
+    assert count(model.gfl.online.parameters()) == 32_957_760
+    assert count(model.ffl.parameters()) == 115_920_128
+    v, I = torch.zeros(2, 3, 224, 224), torch.zeros(2, 3, 112, 112)
+    with torch.no_grad(), FlopCounterMode(display=False) as whole:
+        model(v, v, I)
+    with torch.no_grad(), FlopCounterMode(display=False) as gfl:
+        model.gfl(v, v)
+    gmac = [c.get_total_flops() / 2 / 2 / 1e9 for c in (whole, gfl)]  # 2 flops a MAC, 2 images
+    assert [round(g, 1) for g in gmac] == [20.0, 16.4]
+    with torch.no_grad():
+        assert model.backbone(I)[0].shape == (2, 2048, 4, 4)
+        assert model.backbone(v)[0].shape == (2, 2048, 7, 7)
+
+
+def test_the_laptop_preset_has_a_map_of_4_by_4_and_7_by_7_patches():
+    s = S.read_settings([])
+    model = S.build_model(s)
+    X, pooled = model.backbone(torch.zeros(2, 3, s.ffl_size, s.ffl_size))
+    assert X.shape[2:] == (4, 4) and model.ffl.mae.grid == 7 and pooled.shape[1] == X.shape[1]
+
+
+def test_part_1_pasted_into_an_empty_module_runs_and_knows_nothing_of_the_rest():
+    source = (HERE / "simfle.py").read_text()
+    imports = source[source.index('"""\n\nimport'):source.index("# ====")].removeprefix('"""')
+    part = source[source.index("# ================================ Part I: "):
+                  source.index("# ================================ Settings")]
+    names = {}
+    exec(compile(imports + part, "pasted", "exec"), names)
+    torch.manual_seed(0)
+    model = names["SimFLE"](names["Backbone"](names["small_resnet"](8)), hidden=8, outputs=4,
+                            groups=4, image_size=28, patch=4, **S.VITS["tiny"])
+    model(*(x.cpu() for x in small_inputs()))["loss"].backward()
+    for word in ("Settings", "World", "dist.", "Path", "cuda", "open(", "os.", "print"):
+        assert not re.search(r"\b" + re.escape(word), part), word
+
+
+# ---------------------------------------------------------------- 4.1 Pictures and augmentation
+
+
+def batch_of(values, B=6):
+    return torch.tensor([values[i % len(values)] for i in range(B)])
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_every_colour_and_blur_equals_torchvision_for_the_same_parameter(size):
+    x = torch.rand(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x[0, :, :4] = 0.5  # grey pixels have no hue
+    level = 1 / 255
+    for f in ([0.2, 0.7, 1.0, 1.8], [1.3, 0.5, 1.1, 0.9]):
+        for name in ("brightness", "contrast", "saturation"):
+            got = getattr(S, f"adjust_{name}")(x, torch.tensor(f))
+            for b in range(4):
+                expected = getattr(TF, f"adjust_{name}")(x[b], f[b])
+                assert (got[b] - expected).abs().max() < level, (name, f[b])
+    hues = [-0.2, 0.0, 0.13, 0.2]
+    got = S.adjust_hue(x, torch.tensor(hues))
+    for b in range(4):
+        assert (got[b] - TF.adjust_hue(x[b], hues[b])).abs().max() < level, hues[b]
+    kernel, sigmas = size // 10 | 1, [0.1, 0.5, 1.2, 2.0]
+    got = S.gaussian_blur(x, torch.tensor(sigmas), kernel)
+    for b in range(4):
+        expected = TF.gaussian_blur(x[b], [kernel] * 2, [sigmas[b]] * 2)
+        assert (got[b] - expected).abs().max() < level, sigmas[b]
+    assert kernel % 2 == 1 and (size != 224 or kernel == 23)
+    torch.testing.assert_close(S.gaussian_blur(x, torch.zeros(4), kernel), x)
+    torch.testing.assert_close(S.grey(x), TF.rgb_to_grayscale(x), atol=1e-3, rtol=0)
+
+
+def test_the_dice_of_an_image_decide_alone_what_happens_to_it():
+    x = (255 * torch.rand(3, 3, 32, 32)).to(torch.uint8)
+    nothing = [0.9, 0.9, 0.5, 0.5, 0.5, 0.5, 0.9, 0.9, 0.5]  # no flip, jitter, grey, blur
+    flipped, greyed, blurred = nothing.copy(), nothing.copy(), nothing.copy()
+    flipped[0], greyed[6], blurred[7] = 0.1, 0.1, 0.1
+    order = [0, 1, 2, 3]
+    plain = S.normalise(x)
+    torch.testing.assert_close(S.augment(x, torch.tensor([nothing] * 3), order), plain, atol=1e-4,
+                               rtol=0)
+    out = S.augment(x, torch.tensor([flipped, greyed, blurred]), order)
+    torch.testing.assert_close(out[0], plain[0].flip(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out[1], S.normalise(S.grey(x / 255).expand(-1, 3, -1, -1))[1],
+                               atol=1e-4, rtol=0)
+    expected = TF.gaussian_blur(x[2] / 255, [3, 3], [(0.1 + 1.9 * 0.5) * 32 / 224] * 2)
+    torch.testing.assert_close(out[2], S.normalise(expected[None])[0], atol=1e-2, rtol=0)
+
+
+def test_half_of_the_views_are_flipped_and_blurred_a_fifth_grey_and_four_fifths_jittered():
+    x = torch.randint(0, 256, (1, 3, 40, 40), generator=torch.Generator().manual_seed(0))
+    x = x.to(torch.uint8).expand(2000, -1, -1, -1)
+    dice = torch.rand(2000, 9, generator=torch.Generator().manual_seed(1))
+    nothing = torch.tensor([0.99, 0.99, 0.9, 0.9, 0.9, 0.9, 0.99, 0.99, 0.99])
+    shares = {}
+    for name, column, share in (("flip", 0, 0.5), ("jitter", 1, 0.8), ("grey", 6, 0.2),
+                                ("blur", 7, 0.5)):
+        thrown = nothing.repeat(2000, 1)
+        thrown[:, column] = dice[:, column]
+        out = S.augment(x, thrown, [0, 1, 2, 3])
+        changed = (out - S.normalise(x)).abs().amax(dim=(1, 2, 3)) > 1e-3
+        shares[name] = (changed.float().mean().item(), share)
+    assert all(abs(got - share) < 0.03 for got, share in shares.values()), shares
+
+
+def test_pictures_of_any_kind_are_read_at_any_depth(tmp_path):
+    deep = tmp_path / "a" / "b.c" / "d"
+    deep.mkdir(parents=True)
+    base = Image.new("RGB", (50, 40), (200, 100, 50))
+    base.save(tmp_path / "loose.JPG", "JPEG")
+    base.convert("L").save(deep / "grey.png")
+    base.convert("RGBA").save(deep / "alpha.webp")
+    base.convert("CMYK").save(deep / "cmyk.tif")
+    base.quantize(8).save(deep / "palette.gif")
+    Image.new("I;16", (50, 40), 40_000).save(deep / "deep.png")
+    base.convert("1").save(deep / "bits.bmp")
+    (tmp_path / ".hidden.png").write_bytes(b"x")
+    (deep / "Thumbs.db").write_bytes(b"x")
+    (deep / "notes.txt").write_text("x")
+    paths = S.find_pictures(tmp_path)
+    assert [Path(p).name for p in paths] == ["alpha.webp", "bits.bmp", "cmyk.tif", "deep.png",
+                                             "grey.png", "palette.gif", "loose.JPG"]
+    faces = S.Faces(paths, 32, 28, 0.08, seed=0)
+    for i, path in enumerate(paths):
+        item = faces[0, i]
+        assert item["views"].shape == (2, 3, 32, 32) and item["views"].dtype == torch.uint8
+        assert item["image"].shape == (3, 28, 28) and item["unreadable"] == 0
+        if path.endswith(("JPG", "webp", "gif")):
+            colour = item["image"].float().mean(dim=(1, 2))
+            assert (colour - torch.tensor([200.0, 100, 50])).abs().max() < 6, path
+        if path.endswith("deep.png"):
+            assert abs(item["image"].float().mean() - 40_000 / 257) < 2
+
+
+def test_what_happens_to_an_image_depends_on_seed_epoch_and_index_alone(toy):
+    paths = S.find_pictures(toy / "train")
+    faces = S.Faces(paths, 32, 28, 0.08, seed=3)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    one = faces[2, 5]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random stream is left alone
+    faces[0, 1], torch.rand(3)
+    two = S.Faces(paths, 32, 28, 0.08, seed=3)[2, 5]
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    for other in (faces[3, 5], faces[2, 6], S.Faces(paths, 32, 28, 0.08, seed=4)[2, 5]):
+        assert not torch.equal(one["dice"], other["dice"])
+    assert not torch.equal(one["views"][0], one["views"][1])
+
+
+@pytest.mark.parametrize("least", [0.08, 0.5])
+def test_crops_cover_the_share_of_the_picture_that_is_asked_for(tmp_path, least):
+    picture = Image.new("RGB", (200, 200))  # its colours are coordinates
+    picture.putdata([(x, y, 0) for y in range(200) for x in range(200)])
+    picture.save(tmp_path / "map.png")
+    faces = S.Faces([str(tmp_path / "map.png")], 64, 64, least, seed=0)
+    sides = []
+    for epoch in range(100):
+        item = faces[epoch, 0]
+        for view in item["views"].float():
+            sides.append([view[c].max() - view[c].min() + 1 for c in range(2)])
+    w, h = torch.tensor(sides).T / 200
+    assert 0.9 * least < (w * h).min() < least + 0.1 and (w * h).max() > 0.9
+    assert (w / h).max() > 1.2 and (w / h).min() < 0.85
+    whole = faces[0, 0]["image"].float()
+    assert whole[0].max() - whole[0].min() > 195 and whole[1].max() - whole[1].min() > 195
+
+
+def test_an_unreadable_picture_is_replaced_by_the_next_and_counted(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i,) * 3).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "2.png").read_bytes()[:60])
+    (tmp_path / "2.png").write_text("no picture")
+    faces = S.Faces(S.find_pictures(tmp_path), 32, 28, 0.08, seed=0)
+    item = faces[0, 1]
+    assert item["unreadable"] == 2 and (item["image"] == 180).all()
+    (tmp_path / "0.png").unlink()
+    assert faces[0, 0]["unreadable"] == 3
+
+
+# ---------------------------------------------------------------- 4.1 Order of the images
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_every_batch_and_an_epoch_shows_each_image_once(world):
+    batch, images, total = 12, 40, 7  # 3 batches an epoch, 4 images dropped
+    parts = [list(S.Batches(images, batch, total, 5, r, world)) for r in range(world)]
+    assert all(len(p) == total for p in parts)
+    alone = list(S.Batches(images, batch, total, 5))
+    for step in range(total):
+        assert sum((p[step] for p in parts), []) == alone[step]
+    first = [index for step in alone[:3] for _, index in step]
+    assert len(set(first)) == 36 and {e for step in alone[:3] for e, _ in step} == {0}
+    assert alone[3][0][0] == 1 and [i for _, i in alone[0]] != [i for _, i in alone[3]]
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch_with_another_number_of_processes():
+    alone = list(S.Batches(40, 12, 6, 5))
+    rest = [S.Batches(40, 12, 6, 5, r, 2, epoch=0, done=12) for r in range(2)]
+    assert list(rest[0].places()) == [(0, 12), (0, 24), (1, 0), (1, 12), (1, 24)]
+    for step, parts in enumerate(zip(*rest, strict=True)):
+        assert sum(parts, []) == alone[step + 1]
+
+
+# ---------------------------------------------------------------- 4.1 The program
+
+
+def run_program(*args, cwd, processes=0, timeout=180, expect=0):
+    """simfle.py as users start it; its whole output."""
+    launcher = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+                if processes else [])
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="" if processes else
+               os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    done = subprocess.run([sys.executable, *launcher, HERE / "simfle.py", *map(str, args)], cwd=cwd,
+                          env=env, timeout=timeout, text=True, capture_output=True)
+    output = done.stdout + done.stderr
+    assert done.returncode == expect, output
+    return output
+
+
+def in_process(*args, cwd, monkeypatch):
+    monkeypatch.chdir(cwd)
+    return S.main([*map(str, args)])
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_state(one, two):
+    """Bit-equality of two checkpoints: weights, target, buffers, momentum, place."""
+    one, two = (torch.load(p / "checkpoint.pt", weights_only=True) for p in (one, two))
+    assert one["place"] == two["place"] and one["model"].keys() == two["model"].keys()
+    different = [k for k in one["model"] if not torch.equal(one["model"][k], two["model"][k])]
+    momenta = [[s["momentum_buffer"] for s in c["optimizer"]["state"].values()] for c in (one, two)]
+    assert len(momenta[0]) == len(momenta[1]) > 0
+    different += [i for i, pair in enumerate(zip(*momenta)) if not torch.equal(*pair)]
+    return not different
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_training_logs_checkpoints_and_goes_on_bit_exactly(toy, tmp_path, monkeypatch, capsys):
+    args = ["--data", toy, *TINY, "--epochs", "3"]
+    assert in_process(*args, "--name", "whole", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"step 15/15  epoch 3  rate \S+  L_s \S+  L_r \S+  L_d \S+  L_g \S+  spread "
+                     r"\S+  \d+ images/s  waiting \d+%  left 0:00:00", out)
+    # The same again, stopped in the second epoch, between two checkpoints.
+    step = S.Trainer.step
+
+    def stops(self, batch, place, rate):
+        if place == (1, 24):
+            raise Interrupted
+        return step(self, batch, place, rate)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(S.Trainer, "step", stops)
+        in_process(*args, "--name", "parts", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert len(records(tmp_path / "runs/parts")) > 6
+    assert in_process(*args, "--name", "parts", "--workers", "0", cwd=tmp_path,
+                      monkeypatch=monkeypatch) == 0
+    assert "goes on after step 5" in capsys.readouterr().out
+    whole, parts = tmp_path / "runs/whole", tmp_path / "runs/parts"
+    assert same_state(whole, parts)
+    assert records(whole) == records(parts)
+    steps = [r for r in records(whole) if "L_s" in r]
+    assert [r["step"] for r in steps] == list(range(1, 16))
+    assert steps[0]["rate"] == pytest.approx(0.4 * 12 / 256)
+    assert steps[9]["rate"] == pytest.approx(0.4 * 12 / 256 * (1 + math.cos(math.pi * 9 / 15)) / 2,
+                                             rel=1e-5)
+    measured = [r["refinement"] for r in records(whole) if "refinement" in r]
+    assert len(measured) == 3 and len(measured[0]["error_map"]) == 49
+    # backbone.pt is torchvision's.
+    weights = torch.load(whole / "backbone.pt", weights_only=True)
+    net = S.small_resnet()
+    assert net.load_state_dict(weights, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    assert in_process(*args, "--name", "whole", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert "complete" in capsys.readouterr().out
+    # --fresh starts over, and the log with it.
+    assert in_process(*args[:-1], "1", "--name", "whole", "--fresh", cwd=tmp_path,
+                      monkeypatch=monkeypatch) == 0
+    assert len(records(whole)) == 6
+
+
+def test_backbone_of_the_paper_model_loads_into_torchvisions_resnet50():
+    weights = S.Backbone().resnet.state_dict()
+    missing, unexpected = torchvision.models.resnet50().load_state_dict(weights, strict=False)
+    assert missing == ["fc.weight", "fc.bias"] and not unexpected
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_under_torchrun_go_on_bit_exactly_and_keep_their_weights_alike(toy, tmp_path,
+                                                                                 processes):
+    """A run of two epochs, and one that is killed in the second and goes on: equal to the last bit.
+
+    Two processes show the same images as one (24 = 2 · 12), so the losses of the first step agree with
+    those of one process in all but BatchNorm, which is local.
+    """
+    script = tmp_path / "check.py"
+    script.write_text(CHECK_RANKS.format(here=str(HERE)))
+    args = ["--data", toy, *TINY, "--epochs", "2"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+           f"--nproc_per_node={processes}", script, *map(str, args)]
+    done = subprocess.run(run, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1",
+                                                      CUDA_VISIBLE_DEVICES=""),
+                          timeout=180, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert same_state(tmp_path / "runs/whole", tmp_path / "runs/parts")
+    assert records(tmp_path / "runs/whole") == records(tmp_path / "runs/parts")
+    assert f"({processes} × {12 // processes} on cpu)" in done.stdout
+    if processes == 3:  # and the batch that three cannot share evenly
+        out = run_program("--data", toy, *TINY, "--epochs", "1", "--batch-size", "13", "--name", "odd",
+                          cwd=tmp_path, processes=3)
+        assert "steps of 12 images (3 × 4 on cpu), rate 0.01875" in out
+
+
+CHECK_RANKS = """
+import sys
+sys.path.insert(0, {here!r})
+import torch, torch.distributed as dist, simfle as S
+args, step, stop = sys.argv[1:], S.Trainer.step, [False]
+def steps(self, batch, place, rate):
+    if stop[0] and place == (1, 24):
+        raise S.Problem("stopped")
+    values = step(self, batch, place, rate)
+    for p in [*self.model.parameters()][::7]:  # alike in all processes after every step
+        other = p.detach().clone()
+        dist.broadcast(other, 0)
+        assert torch.equal(other, p), "weights differ between processes"
+    return values
+S.Trainer.step = steps
+with S.processes() as world:
+    S.Trainer(S.read_settings(args + ["--name", "whole"]), world).train()
+    stop[0] = True
+    try:
+        S.Trainer(S.read_settings(args + ["--name", "parts"]), world).train()
+    except S.Problem:
+        stop[0] = False
+    assert not stop[0]
+    S.Trainer(S.read_settings(args + ["--name", "parts"]), world).train()
+"""
+
+
+def test_the_mean_of_the_gradients_over_processes_is_that_of_the_whole_batch(toy, tmp_path):
+    """DDP's averages, by the log: two processes log the mean of what each computed alone."""
+    out = run_program("--data", toy, *TINY, "--steps", "1", "--name", "two", cwd=tmp_path,
+                      processes=2)
+    assert "complete" in out
+    s = S.read_settings(["--data", str(toy), *TINY, "--steps", "1"])
+    paths, _ = S.split_pictures(s)
+    faces = S.Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed)
+    model, parts = S.build_model(s), []
+    model.to(memory_format=torch.channels_last)
+    for rank in range(2):
+        keys = next(iter(S.Batches(len(paths), 12, 1, s.seed, rank, 2)))
+        batch = torch.utils.data.default_collate([faces[k] for k in keys])
+        parts.append(copy.deepcopy(model)(*S.prepare(batch, (s.seed, 0, 0))))
+    logged = records(tmp_path / "runs/two")[0]
+    for name in ("L_s", "L_r", "L_d", "L_g"):
+        assert logged[name] == pytest.approx(sum(float(p[name]) for p in parts) / 2, rel=1e-3)
+
+
+def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
+    model = small_model().eval()
+    images = torch.randint(0, 256, (20, 3, 28, 28), dtype=torch.uint8)
+    hard = torch.zeros(49)
+    hard[:12] = 1.0
+
+    def errors(I, keep):
+        return (hard + 0.1 * torch.rand(len(I), 49, generator=noise)).to(I.device), None
+
+    class Keeps(nn.Module):
+        groups, ratio = 4, 0.75
+
+        def __init__(self, scores):
+            super().__init__()
+            self.scores = scores
+
+        def forward(self, C, u):
+            a = self.scores.expand(len(C), -1).to(C.device)
+            return a, *S.mask_lowest(a, self.ratio)
+
+    noise = torch.Generator().manual_seed(0)
+    state = copy.deepcopy(model.state_dict())
+    model.ffl.mae.forward = errors
+    for scores, sign in ((hard, 1), (-hard, -1)):
+        model.ffl.masking = Keeps(scores)
+        got = S.measure_refinement(model, images, rounds=8)
+        assert got["positions"] * sign > 0.3 and got["within_image"] * sign > 0.3
+        assert [v > 0.5 for v in got["error_map"]] == hard.bool().tolist()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_correlation_is_pearsons():
+    x, y = seeded(3, 20), seeded(3, 20, seed=1)
+    expected = torch.stack([torch.corrcoef(torch.stack(p))[0, 1] for p in zip(x, y)])
+    torch.testing.assert_close(S.correlation(x, y), expected)
+    assert S.correlation(torch.ones(5), x[0, :5]) == 0
+
+
+# ---------------------------------------------------------------- Bad input
+
+
+def complaint(args, cwd, monkeypatch, capsys):
+    """Exit code 2, one sentence, no traceback; returns the sentence."""
+    capsys.readouterr()
+    assert in_process(*args, cwd=cwd, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("simfle: ") and "Traceback" not in error and error.count("\n") == 0
+    return error
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--data", "nowhere"], "no dataset nowhere"),
+    (["--no-such-option"], "unrecognized arguments"),
+    (["--epochs", "many"], "invalid int value"),
+    (["--preset", "huge"], "one of: paper, laptop"),
+    (["--arch", "vgg"], "one of: small, resnet18"),
+    (["--patch", "5", "--preset", "laptop"], "--patch 5 does not divide --ffl-size 28"),
+    (["--groups", "30", "--batch-size", "8"], "30 channel groups do not divide 256 channels"),
+    (["--batch-size", "0"], "--batch-size must be above 0"),
+    (["--mask-ratio", "1.5"], "--mask-ratio must lie between 0 and 1"),
+    (["--batch-size", "1"], "BatchNorm needs 2"),
+    (["--batch-size", "1000"], "fewer than a batch of 1000"),
+    (["--sync-bn"], "--sync-bn works on GPUs only"),
+])
+def test_wrong_orders_get_a_sentence(args, words, toy, tmp_path, monkeypatch, capsys):
+    if "--sync-bn" in args and torch.cuda.is_available():
+        pytest.skip("it works here")
+    data = [] if "--data" in args else ["--data", toy]
+    preset = TINY[2:] if "--preset" in args else TINY
+    assert words in complaint([*data, *preset, *args], tmp_path, monkeypatch, capsys)
+
+
+def test_empty_folders_and_unreadable_data_get_a_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    said = complaint(["--data", "empty", *TINY], tmp_path, monkeypatch, capsys)
+    assert "holds no pictures" in said
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for i in range(60):
+        Image.new("RGB", (32, 32)).save(bad / f"{i}.png")
+    for i in range(1, 60, 2):
+        (bad / f"{i}.png").write_text("no picture")
+    args = ["--data", "bad", *TINY, "--epochs", "2"]
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert "more than 1 % of bad" in error and "cannot be read; another picture" in error
+    # One alone is stepped over, and named once for all epochs.
+    for i in range(3, 60, 2):
+        Image.new("RGB", (32, 32)).save(bad / f"{i}.png")
+    assert in_process(*args, "--fresh", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr().err.count("cannot be read") == 1
+
+
+def test_wrong_checkpoints_get_a_sentence_and_stay_as_they_are(toy, tmp_path, monkeypatch, capsys):
+    args = ["--data", toy, *TINY, "--steps", "1", "--name", "r"]
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    path = tmp_path / "runs/r/checkpoint.pt"
+    good = path.read_bytes()
+    for more, words in ((["--lr", "0.3", "--groups", "16"],
+                         "groups was 32 and is now 16; lr was 0.4 and is now 0.3"),
+                        (["--seed", "7"], "seed was 0 and is now 7")):
+        assert words in complaint([*args, *more], tmp_path, monkeypatch, capsys)
+        assert path.read_bytes() == good
+    saved = torch.load(path, weights_only=True)
+    missing = saved | {"model": {k: v for k, v in saved["model"].items() if "predictor" not in k}}
+    for content, words in ((b"", "not a checkpoint"), (good[:1000], "not a checkpoint"),
+                           (b"text", "not a checkpoint"), ([1, 2], "not a checkpoint"),
+                           ({"a": 1}, "no checkpoint of this program"), (missing, "does not fit"),
+                           (Evil(tmp_path), "not a checkpoint")):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        before = path.read_bytes()
+        assert words in complaint(args, tmp_path, monkeypatch, capsys), words
+        assert path.read_bytes() == before and not (tmp_path / "evil").exists()
+
+
+class Evil:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, folder):
+        self.command = f"touch {folder}/evil"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(toy, tmp_path, monkeypatch, capsys):
+    args = ["--data", toy, *TINY, "--epochs", "2", "--name", "r"]
+    prepare, calls = S.prepare, []
+
+    def broken(batch, key):
+        calls.append(key)
+        v1, *rest = prepare(batch, key)
+        return (v1 * (math.nan if len(calls) == 7 else 1), *rest)
+
+    monkeypatch.setattr(S, "prepare", broken)
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 2
+    assert "the loss is not finite in epoch 2 (L_s nan" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)
+    assert saved["place"] == [0, 60]
+    assert all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_more_processes_than_gpus_get_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, LOCAL_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(S.Problem, match="2 processes were started on a machine with 1 GPUs"):
+        with S.processes():
+            pass
+
+
+def test_torchrun_takes_none_of_our_options_for_its_own():
+    """Its parser knows abbreviations: `--run` would be an ambiguous one even behind the script."""
+    from torch.distributed.run import get_args_parser
+    for name in asdict(S.Settings()):
+        mine = ["--" + name.replace("_", "-"), "x"]
+        assert get_args_parser().parse_args(["simfle.py", *mine]).training_script_args == mine
+
+
+def test_under_torchrun_a_problem_is_told_once(tmp_path):
+    out = run_program("--data", "nowhere", cwd=tmp_path, processes=2, expect=1)
+    assert out.count("simfle: there is no dataset nowhere") == 1
+    assert "exitcode  : 2" in out and "Traceback (most recent call last):\n  File \"" + str(
+        HERE / "simfle.py") not in out
+
+
+# ---------------------------------------------------------------- The toy faces and the README
+
+
+def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_path):
+    def draw(name, seed):
+        subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / name, "--train",
+                        "16", "--val", "8", "--size", "32", "--seed", str(seed)], check=True)
+        return {str(p.relative_to(tmp_path / name)): p.read_bytes()
+                for p in sorted((tmp_path / name).rglob("*.png"))}
+
+    one, two, other = draw("one", 0), draw("two", 0), draw("other", 1)
+    assert one == two and one.keys() == other.keys()
+    assert all(one[k] != other[k] for k in one) and len(set(one.values())) == 24
+    assert {k.split("/")[1] for k in one if k.startswith("train")} == {
+        "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
+        "7_contempt"}
+
+
+def test_the_readme_names_every_departure_and_only_packages_that_are_required():
+    readme = (HERE / "README.md").read_text()
+    header = S.__doc__
+    numbers = re.findall(r"^ +(\d+)  ", header[header.index("Departures:"):], re.MULTILINE)
+    assert numbers == [str(i) for i in range(1, len(numbers) + 1)] and len(numbers) >= 13
+    assert all(re.search(rf"^\| {n} \|", readme, re.MULTILINE) for n in numbers)
+    source = (HERE / "simfle.py").read_text()
+    for n in numbers:
+        marked = re.search(rf"[Dd]eparture {n}\b", source.split('"""', 2)[2])
+        assert marked or n == "12", f"departure {n} is not marked at its line"
+    packages = re.findall(r"^[a-z]+", (HERE / "requirements.txt").read_text(), re.MULTILINE)
+    assert sorted(packages) == ["einops", "pillow", "pytest", "torch", "torchvision"]
+
+
+def test_the_map_in_the_header_matches_the_banners():
+    source = (HERE / "simfle.py").read_text()
+    banners = [b.split(":")[0] for b in re.findall(r"^# =+ (?:\d\.\d )?(.*?) =+$", source, re.MULTILINE)]
+    header = S.__doc__[S.__doc__.index("\nMap\n"):]
+    entries = [e.split(":")[0].strip() for e in re.split(r"·|\n|:  ", header)]
+    entries = [re.sub(r"^\d\.\d ", "", e) for e in entries]
+    assert [e for e in banners if e not in entries] == []
+
+
+def test_every_option_is_in_the_help_with_its_source(capsys):
+    with pytest.raises(SystemExit) as stop:
+        S.read_settings(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for name in asdict(S.Settings()):
+        assert "--" + name.replace("_", "-") in text
