@@ -37,10 +37,9 @@ EXPRESSIONS = {
     "6_anger": dict(brow=-0.7, tilt=-1.0, eye=0.1, curve=-0.5, width=0.1),
     "7_contempt": dict(side=1.0, eye=-0.15),
 }
-SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 120), (198, 134, 82), (141, 85, 46),
-         (92, 56, 36))
-HAIRS = ((30, 24, 22), (74, 46, 28), (130, 84, 40), (205, 164, 92), (150, 60, 30), (150, 150, 155),
-         (90, 60, 140))
+SKINS = ((250, 219, 192), (238, 195, 155), (222, 174, 130), (200, 146, 104), (170, 116, 80),
+         (138, 94, 66))
+HAIRS = ((30, 24, 22), (74, 46, 28), (110, 74, 40), (160, 124, 72), (120, 60, 36), (120, 120, 125))
 
 
 def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Image:
@@ -55,7 +54,7 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
     # Identity.
     skin = tuple(round(c * uniform(0.9, 1.08)) for c in rng.choice(SKINS))
     hair = tuple(round(c * uniform(0.8, 1.2)) for c in rng.choice(HAIRS))
-    head_w, head_h = uniform(0.70, 0.84), uniform(0.90, 1.02)
+    head_w, head_h = uniform(0.72, 0.82), uniform(0.92, 1.0)
     eye_x, eye_y, eye_w = uniform(0.32, 0.38), uniform(-0.18, -0.10), uniform(0.19, 0.24)
     brow_y, brow_thick = eye_y - uniform(0.26, 0.31), uniform(0.05, 0.09)
     mouth_y, mouth_w, nose_y = uniform(0.46, 0.54), uniform(0.32, 0.40), uniform(0.14, 0.22)
@@ -64,8 +63,8 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
     # Pose: roll, yaw, pitch, distance, place. `at` takes face coordinates (x to the right, y down,
     # the head about -1..1) to pixels, as if the features lay on a ball that turns.
     roll, yaw, pitch = rng.gauss(0, 0.10), rng.gauss(0, 0.18), rng.gauss(0, 0.08)
-    zoom = scale * uniform(0.42, 0.50)
-    cx, cy = scale * uniform(0.45, 0.55), scale * uniform(0.46, 0.54)
+    zoom = scale * uniform(0.52, 0.64)
+    cx, cy = scale * uniform(0.45, 0.55), scale * uniform(0.43, 0.53)
 
     def at(x, y, depth=None):
         z = math.sqrt(max(0.0, 1.0 - x * x - y * y)) if depth is None else depth
@@ -100,7 +99,7 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
                for a in (math.radians(205 + 130 * i / 24) for i in range(25))]
         draw.polygon(arc + [at(head_w * 0.8, low, 0), at(0.1 * rng.choice((-1, 1)), low - 0.12, 0),
                             at(-head_w * 0.8, low, 0)], fill=top)
-    if chance(0.2):  # a beard, a moustache or stubble, under the mouth that is drawn over it
+    if chance(0.1):  # a beard, a moustache or stubble, under the mouth that is drawn over it
         draw.polygon(oval(0, 0.45, head_w * 0.62, head_h * 0.5, None, 0, 180),
                      fill=mix(skin, hair, uniform(0.3, 0.9)))
 
@@ -156,13 +155,13 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
     draw.line(upper, fill=lips, width=thick, joint="curve")
     draw.line(lower, fill=lips, width=thick, joint="curve")
 
-    if chance(0.25):  # glasses
+    if chance(0.15):  # glasses
         frame = random_colour(rng)
         for side in (-1, 1):
             draw.line(oval(side * eye_x, eye_y, eye_w * 1.4, eye_w * 1.15), fill=frame, width=line)
         draw.line([at(-eye_x + eye_w * 1.4, eye_y), at(eye_x - eye_w * 1.4, eye_y)],
                   fill=frame, width=line)
-    if chance(0.1):  # something in front of the picture: a hand, a leaf, a microphone
+    if chance(0.05):  # something in front of the picture: a hand, a leaf, a microphone
         angle, far = uniform(0, 2 * math.pi), uniform(0.45, 0.6) * scale
         x, y, r = cx + far * math.cos(angle), cy + far * math.sin(angle), scale * uniform(0.1, 0.2)
         draw.ellipse([x - r, y - r, x + r, y + r], fill=random_colour(rng))
@@ -177,7 +176,7 @@ def background(rng: random.Random, scale: int) -> Image.Image:
     image = Image.composite(Image.new("RGB", (scale, scale), one),
                             Image.new("RGB", (scale, scale), two), ramp)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(0, 2)):
+    for _ in range(rng.randint(0, 1)):
         x, y = rng.uniform(-0.1, 0.9) * scale, rng.uniform(-0.1, 0.9) * scale
         box = [x, y, x + rng.uniform(0.1, 0.5) * scale, y + rng.uniform(0.1, 0.5) * scale]
         rng.choice((draw.rectangle, draw.ellipse))(box, fill=random_colour(rng))
@@ -185,21 +184,21 @@ def background(rng: random.Random, scale: int) -> Image.Image:
 
 
 def light(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A lamp from one side, its colour and strength, and the grain of the film."""
+    """A lamp from one side, and its colour and strength."""
     turned = Image.linear_gradient("L").rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
-    dark = rng.uniform(0.55, 1.0)  # how much of the light reaches the far side
+    dark = rng.uniform(0.6, 1.0)  # how much of the light reaches the far side
     ramp = turned.crop((40, 40, 216, 216)).resize(image.size)
     ramp = ramp.point([round(255 * (dark + (1 - dark) * v / 255)) for v in range(256)])
     image = ImageChops.multiply(image, Image.merge("RGB", (ramp,) * 3))
-    gain = rng.uniform(0.8, 1.15)
+    gain = rng.uniform(0.75, 1.2)
     gains = [gain * rng.uniform(0.9, 1.1) for _ in range(3)]
-    image = image.point([min(255, round(v * g)) for g in gains for v in range(256)])
-    grain = Image.frombytes("L", image.size, rng.randbytes(image.width * image.height))
-    return Image.blend(image, Image.merge("RGB", (grain,) * 3), rng.uniform(0.0, 0.25))
+    return image.point([min(255, round(v * g)) for g in gains for v in range(256)])
 
 
 def random_colour(rng: random.Random) -> tuple[int, int, int]:
-    return tuple(rng.randint(20, 245) for _ in range(3))
+    """A muted one: loud backgrounds are what a net learns first, and tell nothing of a face."""
+    grey = rng.randint(70, 190)
+    return tuple(grey + rng.randint(-35, 35) for _ in range(3))
 
 
 def shade(colour, factor):
