@@ -49,13 +49,13 @@ Departures: where this file parts from the paper (P) or from the authors' code (
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
 
 Map
+    Part I: the method       3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
+                             3.3 Connecting two branches · 3.3 Total loss
     Settings
-    Part I    The method:  3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
-                           3.3 Connecting two branches · 3.3 Total loss
-    Part II   Training:    4.1 Pictures · 4.1 Augmentation · 4.1 Order of the images ·
-                           4.1 Processes · 4.1 Checkpoints · 4.1 What is watched · 4.1 The loop ·
-                           4.1 Pre-training
-    Part III  Evaluation
+    Part II: training        4.1 Pictures · 4.1 Augmentation · 4.1 Order of the images ·
+                             4.1 Processes · 4.1 Checkpoints · 4.1 What is watched · 4.1 The loop ·
+                             4.1 Pre-training
+    Part III: evaluation
     main
 """
 
@@ -84,6 +84,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from torchvision.transforms import RandomResizedCrop
+
 
 # ================================ Part I: the method ================================
 #
@@ -277,7 +278,7 @@ class BYOL(nn.Module):
 #
 # and Dᵀ D is just the sum of the groups' D_gᵀ D_g.
 
-NORM_EPS = 1e-6  # added to no norm, only its lower bound: a channel that is 0 everywhere stays 0
+NORM_EPS = 1e-6  # the least a norm is taken for: a channel that is 0 everywhere stays 0
 
 
 class ChannelGrouping(nn.Module):
@@ -438,10 +439,10 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Tensor:
     """A zero whose gradient raises the scores of patches that are hard to reconstruct. (Sec. 3.2)
 
-    a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (). `refine` in `FaceMAE` adds
-    it to L_r. κ = 4 was measured: on a small model and drawn faces, three seeds, keep frequency and
-    error over the 49 positions correlate by +0.38, +0.51, +0.60 after 400 steps with κ = 4, by
-    −0.36, −0.09, −0.03 with κ = 0; κ = 1 gave 0; κ = 16 gave +0.49 and cost 7 points of accuracy.
+    a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (), which `FaceMAE` adds to L_r.
+    κ = 4 was measured: on a small model and drawn faces, three seeds, keep frequency and error over
+    the 49 positions correlate by +0.38, +0.51, +0.60 after 400 steps with κ = 4, by −0.36, −0.09,
+    −0.03 with κ = 0; κ = 1 gave 0; κ = 16 gave +0.49 and cost 7 points of accuracy.
     """
     with full_precision(a):
         a, error = a.float(), error.detach().float()
@@ -704,6 +705,8 @@ class SimFLE(nn.Module):
     def update(self) -> None:
         """What changes without gradient, once after every step: the target (Sec. 3.1)."""
         self.gfl.update()
+
+
 # ================================ Settings ================================
 
 
@@ -780,7 +783,11 @@ PROTOCOLS = {
     "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
     "finetune": dict(epochs=100, batch_size=512, lr=0.0005, weight_decay=1e-4),
 }
-EVALUATIONS = {"paper": {}, "laptop": dict(epochs=20, batch_size=256)}  # the presets' scale
+EVALUATIONS = {  # what the presets change of them
+    "paper": {"linear": {}, "semi": {}, "finetune": {}},
+    "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1),
+               "semi": dict(epochs=20, batch_size=64), "finetune": dict(epochs=10, batch_size=64)},
+}
 # What may differ between a checkpoint and the run that goes on from it.
 FREE = {"fresh", "workers", "log_every", "compile"}
 
@@ -825,7 +832,7 @@ def read_settings(orders: dict) -> Settings:
     base = PRESETS[preset]
     if protocol:
         check_choice("eval", protocol, PROTOCOLS)
-        base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset]
+        base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
     if "epochs" in orders:
         base = base | {"steps": 0}  # asked for in epochs, a preset's steps do not count
@@ -835,6 +842,7 @@ def read_settings(orders: dict) -> Settings:
 
 
 def check_choice(name: str, value: str, choices) -> None:
+    """Raises Problem for a value that is none of the choices."""
     if value not in choices:
         raise Problem(f"--{name} {value} is not known; it is one of: {', '.join(choices)}.")
 
@@ -886,6 +894,7 @@ def build_model(s: Settings) -> SimFLE:
 #
 # Section 4.1: SGD with momentum 0.9 and weight decay 1e-4, rate 0.05 at 256 images, cosine to 0,
 # 100 epochs.
+
 
 # ===== 4.1 Pictures =====
 #
@@ -1161,6 +1170,7 @@ class Batches:
 
 
 def steps_per_epoch(images: int, batch: int, partial: bool) -> int:
+    """Full batches, and with `partial` the rest as one more."""
     return math.ceil(images / batch) if partial else images // batch
 
 
@@ -1948,19 +1958,18 @@ def in_words(result: dict, file: Path) -> str:
 
 def evaluate(s: Settings, world: World) -> dict:
     """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
-    if s.eval == "finetune" and not s.init and agree(world, lambda: needs_linear(s)):
+    def needs_linear() -> bool:
+        own, data = run_settings(s.name)["data_name"], Path(s.data).resolve().name
+        return own == data and not Path("runs", s.name, f"linear-{own}.pt").exists()
+
+    if s.eval == "finetune" and not s.init and agree(world, needs_linear):
         evaluate(replace(s, **as_linear(s)), world)
     return Evaluation(s, world).go()
 
 
-def needs_linear(s: Settings) -> bool:
-    own, data = run_settings(s.name)["data_name"], Path(s.data).resolve().name
-    return own == data and not Path("runs", s.name, f"linear-{own}.pt").exists()
-
-
 def as_linear(s: Settings) -> dict:
     """The settings that --eval alone would have had."""
-    return dict(eval="linear", **PROTOCOLS["linear"] | EVALUATIONS[s.preset])
+    return dict(eval="linear", **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
 
 
 # ================================ main ================================

@@ -1,4 +1,4 @@
-"""Tests of simfle.py. Each is a sentence about the method or the program, with the equation it holds.
+"""Tests of simfle.py. Each is a sentence about the method or the program, with the equation.
 
     python -m pytest test_simfle.py
 
@@ -232,10 +232,12 @@ def test_u_picks_the_group_and_groups_are_drawn_where_it_is_missing():
 
 def test_bf16_does_not_change_a_mask():
     C = seeded(64, 8, 4, 4)
-    masking, u = S.SemanticMasking(4, 28, 4), torch.rand(64)
+    masking, grouping = S.SemanticMasking(4, 28, 4), S.ChannelGrouping(8, 4)
+    u = torch.arange(64) / 64
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = masking(C, u)
-    assert under[0].dtype == torch.float32 and torch.equal(under[2], masking(C, u)[2])
+        under = masking(grouping(C), u)
+    assert under[0].dtype == torch.float32
+    assert torch.equal(under[2], masking(grouping(C), u)[2])
 
 
 # ---------------------------------------------------------------- 3.2 Trainable refinement
@@ -336,6 +338,12 @@ def test_the_encoder_sees_kept_patches_alone_and_each_in_its_place():
     turned = keep.flip(1)
     torch.testing.assert_close(mae.decode(mae.encode(patches, keep), keep),
                                mae.decode(mae.encode(patches, turned), turned))
+    # Every patch carries the position of its own place, and masked ones are told apart by it.
+    slow = torch.stack([mae.embed(patches[0, i]) + mae.position[0, 1 + i] for i in keep[0]])[None]
+    torch.testing.assert_close(mae.encode(patches, keep),
+                               mae.encoder(torch.cat([mae.class_token, slow], 1)))
+    guess = mae.decode(mae.encode(patches, keep), keep)[0, mask[0] == 1]
+    assert guess.std(dim=0).mean() > 1e-3
     # Another place does.
     moved = patches.roll(1, dims=1)
     assert not torch.allclose(mae.encode(patches, keep).mean(1),
@@ -400,7 +408,7 @@ WHO = {  # the table of Part I: which losses reach which parts
 
 
 def test_the_table_of_who_trains_whom():
-    model = small_model()
+    model = small_model(balanced=True, t=2.0)
     mae = model.ffl.mae
     parts = dict(backbone=model.backbone.parameters(),
                  projector=model.gfl.online.projector.parameters(),
@@ -422,7 +430,8 @@ def test_the_table_of_who_trains_whom():
         X, _ = model.backbone(I)
     L_r, tokens, L_g, *_ = model.ffl(X, I, u)
     L_d = S.distillation_loss([model.distil_m(tokens.mean(1)), model.distil_v(h1),
-                               model.distil_v(h2)])
+                               model.distil_v(h2)], t=2.0)
+    torch.testing.assert_close(L_g, S.grouping_loss(model.ffl.grouping(X), 8, balanced=True))
     whole = copy.deepcopy(model)(v1, v2, I, u)  # the pieces above are what forward adds up
     torch.testing.assert_close(whole["loss"], L_s + L_r + 0.3 * L_d + 0.03 * L_g)
     for name, loss in dict(L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g).items():
@@ -495,6 +504,21 @@ def test_the_laptop_preset_has_a_map_of_4_by_4_and_7_by_7_patches():
     assert X.shape[2:] == (4, 4) and model.ffl.mae.grid == 7 and pooled.shape[1] == X.shape[1]
 
 
+def test_options_reach_the_model_and_the_defaults_are_the_papers():
+    model = S.build_model(settings([
+        *TINY, "--tau", 0.5, "--alpha", 0.7, "--beta", 0.2, "--temperature", 2, "--mask-ratio", 0.5,
+        "--mask-gradient", 0, "--grouping", "balanced", "--no-norm-pix"]))
+    assert (model.gfl.tau, model.alpha, model.beta, model.t) == (0.5, 0.7, 0.2, 2.0)
+    ffl = model.ffl
+    assert (ffl.masking.ratio, ffl.kappa, ffl.balanced, ffl.mae.norm_pix) == (0.5, 0, True, False)
+    s = settings(["--data", "affectnet"])
+    assert (s.epochs, s.batch_size, s.lr, s.momentum, s.weight_decay) == (100, 256, 0.05, 0.9, 1e-4)
+    assert (s.groups, s.mask_ratio, s.patch, s.alpha, s.beta, s.temperature) == (32, 0.75, 16, 0.3,
+                                                                                 0.03, 4.0)
+    assert (s.view_size, s.ffl_size, s.arch, s.vit, s.crop_min) == (224, 112, "resnet50", "base",
+                                                                    0.08)
+
+
 def test_part_1_pasted_into_an_empty_module_runs_and_knows_nothing_of_the_rest():
     source = (HERE / "simfle.py").read_text()
     imports = source[source.index('"""\n\nimport'):source.index("# ====")].removeprefix('"""')
@@ -557,6 +581,19 @@ def test_the_dice_of_an_image_decide_alone_what_happens_to_it():
                                atol=1e-4, rtol=0)
     expected = TF.gaussian_blur(x[2] / 255, [3, 3], [(0.1 + 1.9 * 0.5) * 32 / 224] * 2)
     torch.testing.assert_close(out[2], S.normalise(expected[None])[0], atol=1e-2, rtol=0)
+
+
+def test_jitters_come_in_the_given_order_each_with_its_own_strength():
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x, order = (255 * x).to(torch.uint8), [2, 0, 3, 1]
+    dice = [0.9, 0.1, 0.75, 0.2, 0.9, 0.8, 0.9, 0.9, 0.5]
+    factors = [1 + 0.8 * 0.5, 1 - 0.8 * 0.6, 1 + 0.8 * 0.8, 0.2 * 0.6]
+    y = x / 255
+    for which in order:
+        name = ("brightness", "contrast", "saturation", "hue")[which]
+        y = getattr(TF, f"adjust_{name}")(y, factors[which])
+    torch.testing.assert_close(S.augment(x, torch.tensor([dice]), order),
+                               TF.normalize(y, S.MEAN, S.STD), atol=5e-2, rtol=0)
 
 
 def test_half_of_the_views_are_flipped_and_blurred_a_fifth_grey_and_four_fifths_jittered():
@@ -678,12 +715,11 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_with_another_number_of_processe
 # ---------------------------------------------------------------- 4.1 The program
 
 
-def run_program(*args, cwd, processes=0, timeout=180, expect=0):
+def run_program(*args, cwd, processes=0, timeout=600, expect=0):
     """simfle.py as users start it; its whole output."""
     launcher = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
                 if processes else [])
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="" if processes else
-               os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     done = subprocess.run([sys.executable, *launcher, HERE / "simfle.py", *map(str, args)], cwd=cwd,
                           env=env, timeout=timeout, text=True, capture_output=True)
     output = done.stdout + done.stderr
@@ -692,7 +728,9 @@ def run_program(*args, cwd, processes=0, timeout=180, expect=0):
 
 
 def in_process(*args, cwd, monkeypatch):
+    """The same inside this process, on the CPU: only there are runs equal to the last bit."""
     monkeypatch.chdir(cwd)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     return S.main([*map(str, args)])
 
 
@@ -744,6 +782,9 @@ def test_training_logs_checkpoints_and_goes_on_bit_exactly(toy, tmp_path, monkey
     assert steps[0]["rate"] == pytest.approx(0.4 * 12 / 256)
     assert steps[9]["rate"] == pytest.approx(0.4 * 12 / 256 * (1 + math.cos(math.pi * 9 / 15)) / 2,
                                              rel=1e-5)
+    group = torch.load(whole / "checkpoint.pt", weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["lr"] == pytest.approx(0.4 * 12 / 256 * (1 + math.cos(math.pi * 14 / 15)) / 2)
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 1e-4)
     measured = [r["refinement"] for r in records(whole) if "refinement" in r]
     assert len(measured) == 3 and len(measured[0]["error_map"]) == 49
     # backbone.pt is torchvision's.
@@ -767,11 +808,7 @@ def test_backbone_of_the_paper_model_loads_into_torchvisions_resnet50():
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_under_torchrun_go_on_bit_exactly_and_keep_their_weights_alike(toy, tmp_path,
                                                                                  processes):
-    """A run of two epochs, and one that is killed in the second and goes on: equal to the last bit.
-
-    Two processes show the same images as one (24 = 2 · 12), so the losses of the first step agree with
-    those of one process in all but BatchNorm, which is local.
-    """
+    """A run of two epochs, and one that stops in the second and goes on: equal to the last bit."""
     script = tmp_path / "check.py"
     script.write_text(CHECK_RANKS.format(here=str(HERE)))
     args = ["--data", toy, *TINY, "--epochs", "2"]
@@ -779,14 +816,14 @@ def test_processes_under_torchrun_go_on_bit_exactly_and_keep_their_weights_alike
            f"--nproc_per_node={processes}", script, *map(str, args)]
     done = subprocess.run(run, cwd=tmp_path, env=dict(os.environ, OMP_NUM_THREADS="1",
                                                       CUDA_VISIBLE_DEVICES=""),
-                          timeout=180, text=True, capture_output=True)
+                          timeout=600, text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert same_state(tmp_path / "runs/whole", tmp_path / "runs/parts")
     assert records(tmp_path / "runs/whole")[1:] == records(tmp_path / "runs/parts")[1:]
     assert f"({processes} × {12 // processes} on cpu)" in done.stdout
     if processes == 3:  # and the batch that three cannot share evenly
-        out = run_program("--data", toy, *TINY, "--epochs", "1", "--batch-size", "13", "--name", "odd",
-                          cwd=tmp_path, processes=3)
+        out = run_program("--data", toy, *TINY, "--epochs", "1", "--batch-size", "13", "--name",
+                          "odd", cwd=tmp_path, processes=3)
         assert "steps of 12 images (3 × 4 on cpu), rate 0.01875" in out
 
 
@@ -819,33 +856,66 @@ with S.processes() as world:
 """
 
 
-def test_the_mean_of_the_gradients_over_processes_is_that_of_the_whole_batch(toy, tmp_path):
-    """DDP's averages, by the log: two processes log the mean of what each computed alone."""
-    out = run_program("--data", toy, *TINY, "--steps", "1", "--name", "two", cwd=tmp_path,
-                      processes=2)
+def test_two_processes_take_the_step_of_the_mean_gradient_and_the_target_follows(toy, tmp_path):
+    """DDP's mean of what each process computes alone on its share; losses are logged as means."""
+    out = run_program("--data", toy, *TINY, "--steps", "1", "--name", "two", "--tau", "0",
+                      cwd=tmp_path, processes=2)
     assert "step 1/1" in out and "Warning" not in out.replace("OMP_NUM_THREADS", "")
-    s = settings(["--data", str(toy), *TINY, "--steps", "1"])
+    s = settings(["--data", toy, *TINY, "--steps", "1"])
     paths, _ = S.split_pictures(s)
     faces = S.Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed)
-    model, parts = S.build_model(s), []
+    model, parts, grads = S.build_model(s), [], []
     model.to(memory_format=torch.channels_last)
     for rank in range(2):
         keys = next(iter(S.Batches(len(paths), 12, 1, s.seed, rank, 2)))
         batch = torch.utils.data.default_collate([faces[k] for k in keys])
-        parts.append(copy.deepcopy(model)(*S.prepare(batch, (s.seed, 0, 0))))
+        one = copy.deepcopy(model)
+        parts.append(one(*S.prepare(batch, (s.seed, 0, 0))))
+        parts[-1]["loss"].backward()
+        grads.append(torch.cat([p.grad.flatten() for p in one.parameters() if p.requires_grad]))
     logged = records(tmp_path / "runs/two")[1]
     for name in ("L_s", "L_r", "L_d", "L_g"):
-        assert logged[name] == pytest.approx(sum(float(p[name]) for p in parts) / 2, rel=1e-3)
+        assert logged[name] == pytest.approx(sum(float(p[name].detach()) for p in parts) / 2,
+                                             rel=1e-3)
+    saved = torch.load(tmp_path / "runs/two/checkpoint.pt", weights_only=True)
+    state = saved["optimizer"]["state"]
+    got = torch.cat([state[i]["momentum_buffer"].flatten() for i in sorted(state)])
+    # The first momentum is the gradient and the decay.
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    wanted = sum(grads) / 2 + 1e-4 * weights
+    assert (got - wanted).norm() < 1e-2 * wanted.norm()
+    for name, _ in model.gfl.online.named_parameters():  # τ = 0: the target is the online stream
+        target, online = (saved["model"][f"gfl.{which}.{name}"] for which in ("target", "online"))
+        assert torch.equal(target, online), name
+
+
+def test_prepare_hands_each_view_its_own_crop_and_dice(toy):
+    faces = S.Faces(S.find_pictures(toy / "val"), 32, 28, 0.08, seed=0)
+    batch = torch.utils.data.default_collate([faces[0, i, 1.0] for i in range(4)])
+    (v1, v2, I, u), draw = S.prepare(batch, (0, 0, 0)), S.stream_of(0, 0, 0)
+    for i, v in enumerate((v1, v2)):
+        order = torch.randperm(4, generator=draw).tolist()
+        dice = batch["dice"][:, 9 * i:9 * i + 9]
+        assert torch.equal(v, S.augment(batch["views"][:, i], dice, order))
+    assert torch.equal(u, batch["dice"][:, 18])
+    torch.testing.assert_close(I, TF.normalize(batch["image"] / 255, S.MEAN, S.STD))
+
+
+def test_pictures_set_aside_are_not_trained_on_and_val_is_not_read(toy):
+    train, aside = S.split_pictures(settings(["--data", toy]))
+    assert (len(train), len(aside)) == (63, 3) and not set(train) & set(aside)
+    assert all("/train/" in p for p in train + aside)
 
 
 def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
-    model = small_model().eval()
+    model = small_model()
     images = torch.randint(0, 256, (20, 3, 28, 28), dtype=torch.uint8)
     hard = torch.zeros(49)
     hard[:12] = 1.0
 
     def errors(I, keep):
-        return (hard + 0.1 * torch.rand(len(I), 49, generator=noise)).to(I.device), None
+        error = hard + 0.1 * torch.rand(len(I), 49, generator=noise)
+        return error.to(I.device).scatter(1, keep, 1e3), None  # kept patches must not count
 
     class Keeps(nn.Module):
         groups, ratio = 4, 0.75
@@ -855,10 +925,11 @@ def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
             self.scores = scores
 
         def forward(self, C, u):
+            groups.add(round(u[0].item(), 3))
             a = self.scores.expand(len(C), -1).to(C.device)
             return a, *S.mask_lowest(a, self.ratio)
 
-    noise = torch.Generator().manual_seed(0)
+    groups, noise = set(), torch.Generator().manual_seed(0)
     state = copy.deepcopy(model.state_dict())
     model.ffl.mae.forward = errors
     for scores, sign in ((hard, 1), (-hard, -1)):
@@ -866,6 +937,7 @@ def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
         got = S.measure_refinement(model, images, rounds=8)
         assert got["positions"] * sign > 0.3 and got["within_image"] * sign > 0.3
         assert [v > 0.5 for v in got["error_map"]] == hard.bool().tolist()
+    assert model.training and groups == {0.125, 0.375, 0.625, 0.875}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
@@ -901,7 +973,8 @@ def trained(tmp_path_factory):
     cwd = tmp_path_factory.mktemp("trained")
     colours(cwd / "colours", {"0_a": 14, "1_b": 9, "2_c": 7})
     with pytest.MonkeyPatch.context() as patch:
-        assert in_process("--data", "colours", *TINY, "--steps", "2", cwd=cwd, monkeypatch=patch) == 0
+        args = ["--data", "colours", *TINY, "--steps", "2"]
+        assert in_process(*args, cwd=cwd, monkeypatch=patch) == 0
     return cwd
 
 
@@ -910,7 +983,8 @@ def result(cwd, tag, run="colours"):
 
 
 def test_linear_evaluation_trains_the_head_alone_and_tells_all(trained, monkeypatch, capsys):
-    args = ["--data", "colours", "--eval", *EVAL, "--epochs", "4", "--batch-size", "8"]
+    args = ["--data", "colours", "--eval", *EVAL, "--epochs", "4", "--batch-size", "8", "--lr",
+            "0.5", "--fresh"]
     assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     got = result(trained, "linear-colours")
@@ -966,6 +1040,8 @@ def test_a_frozen_backbone_that_moves_is_noticed(trained, monkeypatch):
 def test_whole_protocols_train_everything_on_a_cosine(trained, monkeypatch):
     args = ["--data", "colours", *EVAL, "--epochs", "2", "--batch-size", "8"]
     before = torch.load(trained / "runs/colours/backbone.pt", weights_only=True)
+    for path in (trained / "runs/colours").glob("*linear-colours*"):
+        path.unlink()
     for tag, order in (("semi-0.5-colours", ["--eval", "semi", "--labels", "0.5"]),
                        ("finetune-colours", ["--eval", "finetune"]),
                        ("semi-1-colours-random", ["--eval", "semi", "--labels", "1.0", "--init",
@@ -976,9 +1052,9 @@ def test_whole_protocols_train_everything_on_a_cosine(trained, monkeypatch):
                    if k.endswith(("weight", "running_mean")))
         rates = [r["rate"] for r in records_of(trained, f"log-{tag}.jsonl")]
         assert rates == sorted(rates, reverse=True) and rates[-1] < rates[0] / 2
-    assert len(records_of(trained, "log-semi-0.5-colours.jsonl")) == 4  # 7 + 4 + 4 images, two steps
+    assert len(records_of(trained, "log-semi-0.5-colours.jsonl")) == 4  # 7 + 4 + 4 images
     origin = result(trained, "finetune-colours")["settings"]["start"]
-    assert "linear-colours.pt (" in origin  # made first, if it was not there
+    assert "linear-colours.pt (" in origin  # which was made first
 
 
 def test_the_four_protocols_have_the_settings_of_supplement_b():
@@ -992,6 +1068,42 @@ def test_the_four_protocols_have_the_settings_of_supplement_b():
         assert s.momentum == 0.9 and s.view_size == 224 and s.crop_min == 0.08
 
 
+def test_an_evaluation_takes_over_the_runs_net_and_sizes(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    s = settings(["--data", "colours", "--eval"])
+    assert (s.preset, s.arch, s.view_size, s.crop_min) == ("laptop", "small", 32, 0.3)
+
+
+def test_accuracies_are_of_rows_and_their_mean():
+    got = S.summary(torch.tensor([[3, 1], [0, 2]]), ["a", "b"])
+    assert got["per_class"] == {"a": 75.0, "b": 100.0} and got["mean_accuracy"] == 87.5
+    assert got["accuracy"] == pytest.approx(500 / 6) and got["images"] == 6
+
+
+def test_training_pictures_are_cropped_and_flipped_and_test_pictures_are_not(trained):
+    path = str(trained / "colours/train/0_a/0.png")
+    items = [S.LabelledFaces([path], [0], 32, 0.08, 0)[e, 0, 1.0] for e in range(200)]
+    assert 70 < sum(i["flip"].item() for i in items) < 130
+    assert not torch.equal(items[0]["image"], items[1]["image"])
+    whole = S.LabelledFaces([path], [0], 32, None, 0)
+    expected = TF.pil_to_tensor(TF.resize(Image.open(path), [32, 32]))
+    for epoch in range(9):
+        assert torch.equal(whole[epoch, 0, 1.0]["image"], expected)
+        assert not whole[epoch, 0, 1.0]["flip"]
+
+
+def test_flips_reach_the_net(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    s = settings(["--data", "colours", "--eval", *EVAL, "--fresh", "--batch-size", "8"])
+    with S.processes() as world:
+        run, seen = S.Evaluation(s, world), []
+        run.predict = lambda wrapped, image: seen.append(image) or torch.zeros(2, 3)
+        x = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
+        run.losses(dict(image=x, label=torch.tensor([0, 1]), weight=torch.ones(2),
+                        flip=torch.tensor([True, False])), (0, 0))
+    assert torch.equal(seen[0][0], x[0].flip(2)) and torch.equal(seen[0][1], x[1])
+
+
 def test_labels_are_shared_out_by_class_and_by_the_seed_alone():
     labels = [0] * 200 + [1] * 40 + [2] * 3
     chosen = S.share_of_labels(labels, 0.1, seed=1)
@@ -1000,13 +1112,19 @@ def test_labels_are_shared_out_by_class_and_by_the_seed_alone():
     assert S.share_of_labels(labels, 1.0, 0) == list(range(243))
 
 
-def test_oversampling_shows_every_class_equally_often():
+def test_oversampling_shows_every_class_equally_often(trained, monkeypatch):
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
     weights = (1 / torch.bincount(labels).double())[labels]
     batches = S.Batches(1000, 100, 30, 0, partial=True, weights=weights)
     seen = torch.bincount(labels[[i for step in batches for _, i, _ in step]])
     assert seen.sum() == 3000 and ((seen - 1000).abs() < 120).all()
     assert batches.order(0) == batches.order(0) != batches.order(1)
+    monkeypatch.chdir(trained)
+    with S.processes() as world:
+        run = S.Evaluation(settings(["--data", "colours", "--eval", *EVAL, "--oversample",
+                                     "--fresh"]), world)
+    mass = torch.bincount(torch.tensor(run.faces.labels), run.batches.weights)
+    assert (mass - 1).abs().max() < 1e-6  # 14, 9 and 7 pictures: equal mass
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -1042,8 +1160,8 @@ def test_heads_move_between_datasets_class_by_class(trained, tmp_path, monkeypat
     assert torch.equal(net.fc.weight, saved["model"]["fc.weight"][[1, 2, 0]])
     # Other classes.
     colours(tmp_path / "more", {"0_a": 4, "1_b": 4, "2_c": 4, "3_d": 4})
-    said = complaint(["--data", tmp_path / "more", "--name", "colours", *EVAL, "--eval", "finetune"],
-                     trained, monkeypatch, capsys)
+    more = ["--data", tmp_path / "more", "--name", "colours", *EVAL, "--eval", "finetune"]
+    said = complaint(more, trained, monkeypatch, capsys)
     assert "0_a, 1_b, 2_c" in said and "0_a, 1_b, 2_c, 3_d" in said
 
 
@@ -1083,10 +1201,11 @@ def test_any_number_of_processes_tests_each_image_once_with_the_same_predictions
         assert shared["confusion"] == alone["confusion"] and shared["images"] == 15
 
 
-def test_three_processes_take_the_same_linear_step_as_one(trained):
-    """The head's gradient is a mean over the whole batch, the partial one and its repeats too."""
+def test_four_processes_take_the_same_linear_steps_as_one(trained):
+    """The head's gradient is a mean over the whole batch, also of the last 6 images, of which four
+    processes make shares of 2: two repeats that weigh nothing."""
     heads = []
-    for processes in (0, 3):
+    for processes in (0, 4):
         run_program("--data", "colours", *EVAL, "--eval", "--epochs", "2", "--batch-size", "12",
                     "--fresh", cwd=trained, processes=processes)
         heads.append(torch.load(trained / "runs/colours/linear-colours.pt",
@@ -1122,11 +1241,15 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
     (trained / "data/toy").symlink_to(trained / "colours")
     monkeypatch.setitem(S.PRESETS, "laptop", S.PRESETS["laptop"] | dict(
         steps=2, batch_size=12, view_size=32, ffl_size=28, patch=4, workers=1))
-    monkeypatch.setitem(S.EVALUATIONS, "laptop", dict(epochs=1, batch_size=12))
+    monkeypatch.setitem(S.EVALUATIONS["laptop"], "linear", dict(epochs=1, batch_size=12))
     assert in_process(cwd=trained, monkeypatch=monkeypatch) == 0
     last = capsys.readouterr().out.strip().split("\n")[-1]
-    assert re.search(r"Linear accuracy on 15 held-out toy faces of 3 expressions: \d+\.\d % with the "
-                     r"untrained backbone, \d+\.\d % with the trained one", last)
+    untrained, got = (result(trained, f"linear-toy{x}", "toy") for x in ("-random", ""))
+    assert untrained["settings"]["start"] == "random"
+    assert "runs/toy/backbone.pt (" in got["settings"]["start"]
+    assert last == (f"Linear accuracy on 15 held-out toy faces of 3 expressions: "
+                    f"{untrained['accuracy']:.1f} % with the untrained backbone, "
+                    f"{got['accuracy']:.1f} % with the trained one.")
 
 
 # ---------------------------------------------------------------- Bad input
@@ -1185,6 +1308,18 @@ def test_empty_folders_and_unreadable_data_get_a_sentence(tmp_path, monkeypatch,
     assert capsys.readouterr().err.split() == ["simfle:", "bad/1.png", "cannot", "be", "read."]
 
 
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    def fails(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"good")
+    with pytest.raises(S.Problem, match="disk full.*intact"):
+        S.write_whole(path, fails)
+    assert path.read_bytes() == b"good" and list(tmp_path.iterdir()) == [path]
+
+
 def test_wrong_checkpoints_get_a_sentence_and_stay_as_they_are(toy, tmp_path, monkeypatch, capsys):
     args = ["--data", toy, *TINY, "--steps", "1", "--name", "r"]
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
@@ -1229,9 +1364,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(toy, tmp_path, m
         v1, *rest = prepare(batch, key)
         return (v1 * (math.nan if len(calls) == 7 else 1), *rest)
 
+    runs, go = [], S.Run.go
+    monkeypatch.setattr(S.Run, "go", lambda self: (runs.append(self), go(self))[1])
     monkeypatch.setattr(S, "prepare", broken)
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 2
     assert "the loss is not finite in epoch 2 (L_s nan" in capsys.readouterr().err
+    assert all(p.isfinite().all() for p in runs[0].model.parameters())  # no step was taken
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)
     assert saved["place"] == [0, 60]
     assert all(v.isfinite().all() for v in saved["model"].values())
@@ -1267,8 +1405,9 @@ def test_under_torchrun_a_problem_is_told_once(tmp_path):
 
 def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_path):
     def draw(name, seed):
-        subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / name, "--train",
-                        "16", "--val", "8", "--size", "32", "--seed", str(seed)], check=True)
+        subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / name,
+                        "--train", "16", "--val", "8", "--size", "32", "--seed", str(seed)],
+                       check=True)
         return {str(p.relative_to(tmp_path / name)): p.read_bytes()
                 for p in sorted((tmp_path / name).rglob("*.png"))}
 
@@ -1297,11 +1436,9 @@ def test_the_readme_names_every_departure_and_only_packages_that_are_required():
 def test_the_map_in_the_header_matches_the_banners():
     source = (HERE / "simfle.py").read_text()
     banners = re.findall(r"^# =+ (.*?) =+$", source, re.MULTILINE)
-    in_header = S.__doc__[S.__doc__.index("\nMap\n") + 5:]
-    in_header = re.sub(r"Part (\w+) +(.*?)(:?)  ", r"Part \1: \2 · ", in_header + "  ")
-    in_header = re.sub(r"(Part \w+) +(?=[A-Z])", r"\1: ", in_header)
-    entries = [" ".join(e.split()).rstrip(":") for e in re.split(r"·|\n", in_header)]
-    assert [e.lower() for e in entries if e] == [b.split(": global")[0].lower() for b in banners]
+    header = S.__doc__[S.__doc__.index("\nMap\n") + 5:]
+    entries = [e.strip() for e in re.split(r"·|\n|   +", header)]
+    assert [e for e in entries if e] == [b.split(": global")[0] for b in banners]
 
 
 def test_every_option_is_in_the_help_with_its_source(capsys):

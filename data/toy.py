@@ -37,9 +37,10 @@ EXPRESSIONS = {
     "6_anger": dict(brow=-0.7, tilt=-1.0, eye=0.1, curve=-0.5, width=0.1),
     "7_contempt": dict(side=1.0, eye=-0.15),
 }
-SKINS = ((250, 219, 192), (238, 195, 155), (222, 174, 130), (200, 146, 104), (170, 116, 80),
-         (138, 94, 66))
-HAIRS = ((30, 24, 22), (74, 46, 28), (110, 74, 40), (160, 124, 72), (120, 60, 36), (120, 120, 125))
+SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 120), (198, 134, 82), (141, 85, 46),
+         (92, 56, 36))
+HAIRS = ((30, 24, 22), (74, 46, 28), (130, 84, 40), (205, 164, 92), (150, 60, 30), (150, 150, 155),
+         (90, 60, 140))
 
 
 def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Image:
@@ -184,7 +185,7 @@ def background(rng: random.Random, scale: int) -> Image.Image:
 
 
 def light(image: Image.Image, rng: random.Random) -> Image.Image:
-    """A lamp from one side, and its colour and strength."""
+    """A lamp from one side, its colour and strength, and the grain of the film."""
     turned = Image.linear_gradient("L").rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
     dark = rng.uniform(0.6, 1.0)  # how much of the light reaches the far side
     ramp = turned.crop((40, 40, 216, 216)).resize(image.size)
@@ -192,13 +193,13 @@ def light(image: Image.Image, rng: random.Random) -> Image.Image:
     image = ImageChops.multiply(image, Image.merge("RGB", (ramp,) * 3))
     gain = rng.uniform(0.75, 1.2)
     gains = [gain * rng.uniform(0.9, 1.1) for _ in range(3)]
-    return image.point([min(255, round(v * g)) for g in gains for v in range(256)])
+    image = image.point([min(255, round(v * g)) for g in gains for v in range(256)])
+    grain = Image.frombytes("L", image.size, rng.randbytes(image.width * image.height))
+    return Image.blend(image, Image.merge("RGB", (grain,) * 3), rng.uniform(0.0, 0.1))
 
 
 def random_colour(rng: random.Random) -> tuple[int, int, int]:
-    """A muted one: loud backgrounds are what a net learns first, and tell nothing of a face."""
-    grey = rng.randint(70, 190)
-    return tuple(grey + rng.randint(-35, 35) for _ in range(3))
+    return tuple(rng.randint(20, 245) for _ in range(3))
 
 
 def shade(colour, factor):
