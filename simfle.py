@@ -1074,8 +1074,9 @@ JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 def normalise(x: Tensor) -> Tensor:
     """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over AffectNet. (Sec. B.1)"""
     x = x / 255 if x.dtype == torch.uint8 else x
-    mean, std = torch.tensor((MEAN, STD), device=x.device)[:, :, None, None]
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    # Channel by channel with plain numbers: a tensor of them would be copied, and waited for.
+    x = torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def augment(x: Tensor, dice: Tensor, order: list[int]) -> Tensor:
