@@ -23,7 +23,8 @@ one plain face for every image.
 
 Letters
     I, v1, v2     a face, and two augmented views of it
-    f_θ, f_ρ      the online and the target stream: backbone and projector; τ the target's inertia
+    f_θ, f_ρ      online stream: backbone, projector, predictor; target: backbone, projector
+    τ             the target's inertia
     X             the backbone's map of I: c′ channels of h′ × w′
     C_k, N_g      channel k after grouping; the number of channel groups
     a_i, γ        the score of patch i; the share of the N_p patches that is masked (N_m of them)
@@ -47,6 +48,8 @@ Departures: where this file parts from the paper (P) or from the authors' code (
     11  A  DistributedDataParallel in place of DataParallel: BatchNorm sees one process's images.
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
+    14  P  Colours are normalised by AffectNet's statistics, where B.4 has FERPlus's own for FERPlus.
+    15  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
 
 Map
     Part I: the method       3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
@@ -118,10 +121,14 @@ class Backbone(nn.Module):
         self.resnet.fc = nn.Identity()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        r = self.resnet
-        x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B, 64, 56, 56)
-        x = r.layer4(r.layer3(r.layer2(r.layer1(x))))  # (B, 2048, 7, 7)
+        x = feature_map(self.resnet, x)
         return x, x.mean(dim=(2, 3))
+
+
+def feature_map(r: nn.Module, x: Tensor) -> Tensor:
+    """All of a torchvision ResNet but its pooling and `fc`. (B, 3, 224, 224) -> (B, 2048, 7, 7)."""
+    x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B, 64, 56, 56)
+    return r.layer4(r.layer3(r.layer2(r.layer1(x))))
 
 
 def small_resnet(width: int = 32) -> nn.Module:
@@ -789,10 +796,10 @@ EVALUATIONS = {  # what the presets change of them
                "semi": dict(epochs=20, batch_size=64), "finetune": dict(epochs=10, batch_size=64)},
 }
 # What may differ between a checkpoint and the run that goes on from it.
-FREE = {"fresh", "workers", "log_every", "compile"}
+FREE = {"fresh", "name", "workers", "log_every", "compile"}
 
 HERE = Path(__file__).resolve().parent
-# AffectNet's colour statistics, as the authors publish them; used for all data. (B.1, B.4)
+# AffectNet's colour statistics, as the authors publish them. Departure 14: used for all data.
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 
@@ -864,6 +871,8 @@ def check_settings(s: Settings) -> None:
                       "above 0 and up to 1.")
     if not 0 < s.labels <= 1:
         raise Problem(f"--labels is a share above 0 and up to 1, not {s.labels}.")
+    if s.ffl_size == s.patch:
+        raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
     if s.ffl_size % s.patch:
         raise Problem(f"--patch {s.patch} does not divide --ffl-size {s.ffl_size}; choose sizes "
                       f"that it divides, as 16 divides 112.")
@@ -944,8 +953,8 @@ def find_pictures(folder: Path) -> list[str]:
 def read_picture(path: str) -> Image.Image:
     """A picture as RGB: grey, palette, CMYK and 16-bit grey become so, transparency is dropped."""
     with Image.open(path) as picture:
-        if picture.mode.startswith("I;16"):  # Pillow would cut 65,535 off at 255
-            picture = picture.point(lambda v: v * (1 / 256)).convert("L")
+        if picture.mode.startswith("I"):  # 16 bits; Pillow would cut 65,535 off at 255
+            picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
         return picture.convert("RGB")
 
 
@@ -968,8 +977,8 @@ class Faces(Dataset):
     4.1):
 
     views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
-    resized; dice (19,) uniform in [0, 1) for what happens on the device; index (); unreadable (),
-    how many pictures from `index` on could not be read and were replaced by the next one. The
+    resized; dice (19,) uniform in [0, 1) for what happens on the device; index (); unreadable (), 1
+    where this picture could not be read and the next one that can took its place. The
     weight that `Batches` adds to the key is 1 in pre-training.
     """
 
@@ -980,12 +989,12 @@ class Faces(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """The picture, or the next that can be read; and how many could not."""
+    def read(self, index: int) -> tuple[Image.Image, bool]:
+        """The picture, or the next that can be read; and whether it could not."""
         for bad in range(TRIES):
             with contextlib.suppress(Exception):  # Pillow raises many kinds for broken files
-                return read_picture(self.paths[(index + bad) % len(self)]), bad
-        return Image.new("RGB", (8, 8)), TRIES  # the training loop ends the run for that many
+                return read_picture(self.paths[(index + bad) % len(self)]), bad > 0
+        return Image.new("RGB", (8, 8)), True  # a black one; so many in a row soon end the run
 
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
         epoch, index, _ = key
@@ -1206,7 +1215,8 @@ def processes():
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # bf16 is fast enough; what is left in fp32 is there for its precision, so no TF32.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
     if "RANK" not in os.environ:
         yield World(rank, size, device, local_size)
@@ -1226,6 +1236,8 @@ def agree(world: World, make):
             result[0] = make()
         except Problem as problem:
             result[1] = str(problem)
+        except OSError as error:
+            result[1] = f"{error}; give this program a folder that it may write to."
     if world.size > 1:
         dist.broadcast_object_list(result, device=world.device)
     if result[1]:
@@ -1333,11 +1345,12 @@ def measure_refinement(model: SimFLE, images: Tensor, rounds: int = 4) -> dict:
             u = torch.full((len(I),), (g + 0.5) / masking.groups, device=device)
             kept = kept + (1 - masking(C, u)[2])
         keeps.append(kept / masking.groups)
-        error = times = 0
-        for _ in range(rounds):
-            dice = torch.rand(kept.shape, generator=draw).to(device)
-            keep, mask = mask_lowest(dice, masking.ratio)
+        rank, N_p = torch.rand(kept.shape, generator=draw).argsort(dim=1), kept.shape[1]
+        error = times = shift = 0
+        for _ in range(rounds):  # each keeps the next few of one random order: all get masked
+            keep, mask = mask_lowest(((rank + shift) % N_p).float().to(device), masking.ratio)
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
+            shift += keep.shape[1]
         errors.append(error / times.clamp(min=1))
     model.train(was_training)
     error, keep = torch.cat(errors), torch.cat(keeps)
@@ -1422,6 +1435,7 @@ class Run:
     """
 
     shown: tuple[str, ...]  # what of a step's values the status line shows
+    ignored = frozenset()  # settings that mean nothing to this kind of run
     partial = False  # whether an epoch's last, smaller batch is used
     forgiving = True  # whether one unreadable picture in a hundred is stepped over, in each epoch
 
@@ -1430,7 +1444,8 @@ class Run:
         self.s, self.world, self.faces, self.trained = s, world, faces, trained
         self.warned, self.folder = set(), Path("runs", s.name)
         self.checkpoint = self.folder / f"checkpoint{suffix}.pt"
-        self.settings = asdict(s) | {"pictures": len(faces)} | more
+        self.settings = {k: v for k, v in asdict(s).items() if k not in self.ignored}
+        self.settings |= {"pictures": len(faces)} | more
         # Departure 10: ⌊256/W⌋ images a process, 255 in all on three. The rate follows what is
         # true.
         batch = s.batch_size // world.size * world.size
@@ -1448,6 +1463,8 @@ class Run:
                                          fused=world.device.type == "cuda")
         self.log = Log(self.folder / f"log{suffix}.jsonl", world.first)
         place = agree(world, self.resume)
+        for group in self.optimizer.param_groups:  # whatever the checkpoint's machine was
+            group["fused"] = world.device.type == "cuda"
         total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
         self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size, *place,
                                partial=self.partial, weights=weights)
@@ -1457,7 +1474,9 @@ class Run:
     def resume(self) -> tuple[int, int]:
         """The place to go on from: the checkpoint's, if there is one. Raises Problem."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.s.fresh or not self.checkpoint.exists():
+        if self.s.fresh:  # gone at once: a new log beside an old checkpoint would deceive
+            self.checkpoint.unlink(missing_ok=True)
+        if not self.checkpoint.exists():
             self.log.path.write_bytes(b"")
             self.log.write({"settings": self.settings})
             return 0, 0
@@ -1538,7 +1557,7 @@ class Run:
         Raises Problem, in every process and before any weight moves, for a loss that is not finite.
         """
         batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-        with self.mixed_precision():
+        with self.mixed_precision():  # departure 15
             parts = self.losses(batch, place)
         parts["loss"].backward()
         parts["unreadable"] = batch["unreadable"].sum() * self.world.size
@@ -1561,12 +1580,11 @@ class Run:
 
     def check_pictures(self, faces: Dataset, batch: dict[str, Tensor], unreadable: float) -> None:
         """Names this batch's unreadable pictures, each once. Raises Problem for too many in all."""
-        for index, bad in zip(batch["index"].tolist(), batch["unreadable"].tolist()):
-            for i in range(index, index + bad):
-                path = faces.paths[i % len(faces)]
-                if path not in self.warned:
-                    self.warned.add(path)
-                    print(f"\nsimfle: {path} cannot be read.", file=sys.stderr, flush=True)
+        for index in batch["index"][batch["unreadable"] > 0].tolist():
+            if index not in self.warned:
+                self.warned.add(index)
+                print(f"\nsimfle: {faces.paths[index]} cannot be read.", file=sys.stderr,
+                      flush=True)
         if unreadable > (max(1, len(faces) / 100) if self.forgiving else 0):
             raise Problem(f"{unreadable:.0f} pictures of {find_data(self.s.data)} cannot be read, "
                           f"too many to go on; mend or remove those that are named above.")
@@ -1626,7 +1644,7 @@ def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
 
 def draw_toy_faces(s: Settings, world: World) -> None:
     """Draws data/toy if it is asked for; what is there already is not drawn again."""
-    if s.data == "toy" and not (HERE / "data/toy/val").is_dir():
+    if s.data == "toy" and not (HERE / "data/toy/complete").exists():
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each machine has its own disk
             subprocess.run([sys.executable, HERE / "data" / "toy.py"], check=True)
         if world.size > 1:
@@ -1657,7 +1675,7 @@ class Pretraining(Run):
         return wrapped(v, v.flip(0), I, torch.zeros(2, device=device))["loss"]
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(batch["dice"]):
             inputs = prepare(batch, (self.s.seed, *place))
         return self.wrapped(*inputs)
 
@@ -1678,16 +1696,16 @@ class Pretraining(Run):
                         f"{measured['within_image']:+.2f} within an image")
 
     def save(self, place: tuple[int, int]) -> None:
-        super().save(place)
         backbone = self.model.backbone.resnet.state_dict()
         write_whole(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
+        super().save(place)  # last: where this is complete, so is the other
 
 
 # ================================ Part III: evaluation ================================
 #
 # Supplement B. The modules of SimFLE are gone; what is evaluated is a plain torchvision ResNet with
-# a linear layer on top. Four protocols, one loop: they differ in what is trained, from what, and
-# how.
+# a linear layer on top. Four protocols by three names, one loop: they differ in what is trained, from
+# what, and how.
 #
 #     linear      B.1        the layer alone; backbone frozen, BatchNorm statistics included
 #     semi        B.2        everything, on a share of the labels
@@ -1756,9 +1774,9 @@ class LabelledFaces(Dataset):
                     unreadable=torch.tensor(unreadable))
 
 
-def features(net: nn.Module, x: Tensor) -> Tensor:
-    """What `net.fc` sees: the pooled map. x (B, 3, 224, 224) -> (B, 2048)."""
-    return Backbone.forward(argparse.Namespace(resnet=net), x)[1]
+def with_digest(path: Path) -> str:
+    """A file's path and the beginning of its SHA-256."""
+    return f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
 def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> str:
@@ -1784,7 +1802,12 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> str:
                           f"`{order}`, or give a file or `random` with --init.")
         saved = load_file(path)
         saved = saved if "model" in saved else {"model": saved}
-        origin = f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
+        origin = with_digest(path)
+        backbone = path.with_name("backbone.pt")
+        if not s.init and s.eval == "finetune" and backbone.exists() and (
+                saved.get("start") != with_digest(backbone)):
+            raise Problem(f"{path} was made from another backbone than {backbone} is now; repeat "
+                          f"the linear evaluation with --eval --fresh.")
     state = saved["model"]
     if "classes" in saved:  # a classifier: its head moves too, class by class
         if sorted(saved["classes"]) != sorted(classes):
@@ -1808,7 +1831,7 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> str:
 
 
 def run_settings(name: str) -> dict:
-    """The settings that a run was pre-trained with, and its data's name; {} if there is none."""
+    """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
     log = Path("runs", name, "log.jsonl")
     try:
         with open(log) as file:
@@ -1826,6 +1849,9 @@ class Evaluation(Run):
     """
 
     shown, partial, forgiving = ("loss", "accuracy"), True, False
+    ignored = frozenset(("ffl_size", "hidden", "outputs", "tau", "groups", "grouping", "mask_ratio",
+                         "mask_gradient", "patch", "vit", "norm_pix", "alpha", "beta",
+                         "temperature", "sync_bn"))
 
     def __init__(self, s: Settings, world: World):
         self.frozen = s.eval == "linear"
@@ -1851,7 +1877,7 @@ class Evaluation(Run):
         net.train(not self.frozen)
         self.tag = "-".join([s.eval] + [f"{s.labels:g}"] * (s.eval == "semi")
                             + [Path(s.data).resolve().name]
-                            + [Path(s.init).stem] * bool(s.init))
+                            + [Path(s.init).stem] * bool(s.init) + ["oversample"] * s.oversample)
         super().__init__(s, world, LabelledFaces(paths, labels, s.view_size, s.crop_min, s.seed),
                          net, trained=net.fc if self.frozen else net, suffix="-" + self.tag,
                          weights=weights, start=origin)
@@ -1870,7 +1896,7 @@ class Evaluation(Run):
         if not self.frozen:
             return wrapped(x)
         with torch.no_grad():
-            pooled = features(self.model, x)
+            pooled = feature_map(self.model, x).mean(dim=(2, 3))
         return wrapped(pooled)
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
@@ -1904,7 +1930,9 @@ class Evaluation(Run):
         size = min(256, self.s.batch_size)
         batches = [[(0, i, 1.0) for i in mine[k:k + size]] for k in range(0, len(mine), size)]
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
-        was_training = self.model.training
+        if world.size > 1:  # one network is tested, the one that is saved: process 0's statistics
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
         self.model.eval()
         for batch in self.loader(faces, batches):
             self.check_pictures(faces, batch, 0)
@@ -1913,7 +1941,6 @@ class Evaluation(Run):
             pair = batch["label"].to(world.device) * K + guess
             counts[:-1] += torch.bincount(pair, minlength=K * K)
             counts[-1] += batch["unreadable"].sum()
-        self.model.train(was_training)
         if world.size > 1:
             dist.all_reduce(counts)
         self.check_pictures(faces, {"index": torch.tensor([]), "unreadable": torch.tensor([])},
@@ -1928,7 +1955,7 @@ class Evaluation(Run):
             result |= {"protocol": self.s.eval, "settings": self.settings, "reported": "last epoch"}
             content = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
                            classes=self.classes, mean=list(MEAN), std=list(STD), arch=self.s.arch,
-                           size=self.s.view_size)
+                           size=self.s.view_size, start=self.settings["start"])
             write_whole(self.folder / f"{self.tag}.pt", lambda file: torch.save(content, file))
             write_whole(self.folder / f"eval-{self.tag}.json",
                         lambda file: file.write(json.dumps(result, indent=1).encode()))
@@ -1969,8 +1996,9 @@ def evaluate(s: Settings, world: World) -> dict:
 
 
 def as_linear(s: Settings) -> dict:
-    """The settings that --eval alone would have had."""
-    return dict(eval="linear", **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
+    """What --eval alone would have set."""
+    return dict(eval="linear", steps=0, oversample=False,
+                **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
 
 
 # ================================ main ================================
@@ -1991,7 +2019,7 @@ def run(orders: dict) -> None:
 
 def compare_with_untrained(s: Settings, world: World) -> None:
     """The demo's end: linear evaluation of the untrained and of the trained backbone."""
-    linear = replace(s, steps=0, **as_linear(s))
+    linear = replace(s, **as_linear(s))
     untrained, trained = (evaluate(replace(linear, init=init), world) for init in ("random", ""))
     if world.first:
         print(f"Linear accuracy on {trained['images']} held-out toy faces of "
@@ -2000,11 +2028,11 @@ def compare_with_untrained(s: Settings, world: World) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a Problem, which process 0 tells."""
+    """Returns the exit code: 0, or 2 after a Problem, which each machine's first process tells."""
     try:
         run(read_orders(argv))
     except Problem as problem:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
             print(f"\nsimfle: {problem}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

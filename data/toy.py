@@ -230,6 +230,7 @@ def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
         for done, _ in enumerate(pool.imap_unordered(draw_file, jobs, chunksize=50), start=1):
             if done % 500 == 0 or done == len(jobs):
                 print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
+    Path(out, "complete").touch()
 
 
 if __name__ == "__main__":
