@@ -171,8 +171,8 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # ever moves f_θ towards a slightly older and, by averaging, slightly steadier self.
 #
 # Whether it worked can be seen: `spread` below, the deviation of the normalised projections over
-# the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by
-# 1/√256 = 0.0625 each.
+# the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by 1/√256
+# = 0.0625 each.
 
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -253,8 +253,8 @@ class BYOL(nn.Module):
         z2, h2 = self.online(v2)
         with torch.no_grad():
             target1, target2 = self.target(v1)[0], self.target(v2)[0]
-        # Paper: "The same process can be done again by swapping the positions of v1 and v2."
-        # Both orders are added, not averaged: L_s runs from 0 to 8.
+        # Paper: "The same process can be done again by swapping the positions of v1 and v2." Both
+        # orders are added, not averaged: L_s runs from 0 to 8.
         loss = (similarity_loss(self.predictor(z1), target2)
                 + similarity_loss(self.predictor(z2), target1))
         return loss, h1, h2, z1
@@ -978,8 +978,8 @@ class Faces(Dataset):
 
     views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
     resized; dice (19,) uniform in [0, 1) for what happens on the device; index (); unreadable (), 1
-    where this picture could not be read and the next one that can took its place. The
-    weight that `Batches` adds to the key is 1 in pre-training.
+    where this picture could not be read and the next one that can took its place. The weight that
+    `Batches` adds to the key is 1 in pre-training.
     """
 
     def __init__(self, paths: list[str], view_size: int, ffl_size: int, crop_min: float, seed: int):
@@ -1704,8 +1704,8 @@ class Pretraining(Run):
 # ================================ Part III: evaluation ================================
 #
 # Supplement B. The modules of SimFLE are gone; what is evaluated is a plain torchvision ResNet with
-# a linear layer on top. Four protocols by three names, one loop: they differ in what is trained, from
-# what, and how.
+# a linear layer on top. Four protocols by three names, one loop: they differ in what is trained,
+# from what, and how.
 #
 #     linear      B.1        the layer alone; backbone frozen, BatchNorm statistics included
 #     semi        B.2        everything, on a share of the labels
