@@ -41,14 +41,14 @@ Departures: where this file parts from the paper (P) or from the authors' code (
      4  A  Blur with probability 0.5, SimCLR's own, in place of always.
      5  A  The learning rate follows the cosine with every step, not with every epoch.
      6  A  Pictures are resized to a square; no short side is cut to one.
-     7  P  Eq. 5 has the factor t², KL(z̄ ‖ z_i) in place of KL(z_i ‖ z̄), and a constant z̄.
+     7  P  Eq. 5 gets a factor t², is read as KL(z̄ ‖ z_i), and its z̄ is a constant.
      8  P  The autoencoder's pixels are normalised patch by patch, as in MAE (`--no-norm-pix`).
      9  P  The four colour jitters come in one random order per batch, not per image.
     10  P  255 images on three processes, not 256; the last, partial batch of an epoch is dropped.
     11  A  DistributedDataParallel in place of DataParallel: BatchNorm sees one process's images.
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
-    14  P  Colours are normalised by AffectNet's statistics, where B.4 has FERPlus's own for FERPlus.
+    14  P  Colours are normalised by AffectNet's statistics; B.4 has FERPlus's for it.
     15  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
 
 Map
@@ -438,7 +438,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 #     κ/N_m Σ_i m_i (e_i − ē)(soft_i − const),      ∂/∂z_i = −κ m_i (e_i − ē) σ′_i / N_m.
 #
 # Errors enter as constants: the autoencoder must not be paid for spreading its errors. ē is their
-# mean over the image's masked patches, so the term cannot lower L_r by pushing all scores one way.
+# mean over the image's masked patches; without it every masked patch would rise, hard or easy.
 # m_i is the hard mask: kept patches are seen but never scored by L_r, their output is untrained and
 # its "error" means nothing; let in, the mask feeds on itself. (Departure 1.)
 
@@ -575,7 +575,7 @@ class MaskedAutoencoder(nn.Module):
     def target(self, patches: Tensor) -> Tensor:
         """What is to be guessed: pixels at mean 0 and deviation 1 in every patch. (Departure 8.)
 
-        Contrast in place of brightness: otherwise the light decides what is hard.
+        What is left is the pattern: otherwise light and contrast decide what is hard.
         """
         if not self.norm_pix:
             return patches.float()
@@ -633,10 +633,10 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 
     zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over the three, averaged over the batch.
 
-    Departure 7. Eq. 5 has KL(ψ(z_i/t) ‖ ψ(z̄/t)) and gradient through z̄. As in the authors' code,
-    z̄ teaches: it is a constant and stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all
-    that the teacher thinks likely must be covered. t² is Hinton's: the softmax's gradient shrinks
-    by 1/t, the difference of the distributions by another, and t² makes the size independent of t.
+    Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)), its order and gradient left open. As in the
+    authors' code, z̄ teaches: it is a constant and stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all that the teacher thinks likely must be covered. t² is Hinton's: the softmax's
+    gradient shrinks by 1/t, the difference of the distributions by another, and t² makes the size
+    independent of t.
     """
     with full_precision(zs[0]):
         zs = [z.float() for z in zs]
@@ -657,7 +657,7 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 
 
 class SimFLE(nn.Module):
-    """SimFLE. Without arguments, the paper's model. (Sec. 3, Fig. 2, Eq. 6)
+    """SimFLE. Without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
 
     forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
     augmented; u (B,) in [0, 1) picks each image's channel group, drawn if it is not given -> a dict
@@ -1144,8 +1144,10 @@ class Batches:
 
     def step(self, epoch: int, done: int) -> int:
         """How many steps lie before this place."""
-        return epoch * steps_per_epoch(self.images, self.batch, self.partial) + -(
-            -done // self.batch)
+        if self.ends(done):  # also where `done` was counted in batches of another size
+            epoch, done = epoch + 1, 0
+        return (epoch * steps_per_epoch(self.images, self.batch, self.partial)
+                + math.ceil(done / self.batch))
 
     def ends(self, done: int) -> bool:
         """Whether no step of this epoch is left after `done` images."""
@@ -1476,6 +1478,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.s.fresh:  # gone at once: a new log beside an old checkpoint would deceive
             self.checkpoint.unlink(missing_ok=True)
+            if not self.s.eval:
+                (self.folder / "backbone.pt").unlink(missing_ok=True)
         if not self.checkpoint.exists():
             self.log.path.write_bytes(b"")
             self.log.write({"settings": self.settings})
@@ -1644,8 +1648,9 @@ def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
 
 def draw_toy_faces(s: Settings, world: World) -> None:
     """Draws data/toy if it is asked for; what is there already is not drawn again."""
-    if s.data == "toy" and not (HERE / "data/toy/complete").exists():
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each machine has its own disk
+    if s.data == "toy":
+        missing = not (HERE / "data/toy/complete").exists()
+        if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each machine has its own disk
             subprocess.run([sys.executable, HERE / "data" / "toy.py"], check=True)
         if world.size > 1:
             dist.barrier()
@@ -1801,7 +1806,8 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> str:
             raise Problem(f"{path} is missing, from which this evaluation starts; make it with "
                           f"`{order}`, or give a file or `random` with --init.")
         saved = load_file(path)
-        saved = saved if "model" in saved else {"model": saved}
+        if "model" not in saved:  # plain weights: a backbone, and of a whole ResNet no head
+            saved = {"model": {k: v for k, v in saved.items() if not k.startswith("fc.")}}
         origin = with_digest(path)
         backbone = path.with_name("backbone.pt")
         if not s.init and s.eval == "finetune" and backbone.exists() and (

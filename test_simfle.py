@@ -1127,6 +1127,13 @@ def test_oversampling_shows_every_class_equally_often(trained, monkeypatch):
     assert (mass - 1).abs().max() < 1e-6  # 14, 9 and 7 pictures: equal mass
 
 
+def test_an_epoch_that_ended_with_other_batches_has_ended():
+    """Saved after a batch of 64, gone on with batches of 63: the next epoch is next."""
+    assert S.Batches(40, 63, 3, 0, partial=True).step(0, 64) == 1
+    assert list(S.Batches(40, 63, 3, 0, epoch=1, done=64, partial=True).places()) == [(2, 0)]
+    assert S.Batches(511, 256, 4, 0).step(0, 510) == 1
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_partial_batches_are_shared_and_repeated_images_weigh_nothing(world):
     parts = [list(S.Batches(10, 6, 4, 0, r, world, partial=True)) for r in range(world)]
