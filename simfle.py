@@ -33,8 +33,9 @@ Letters
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation, grouping loss; α, β weigh two
 
 Departures: where this file parts from the paper (P) or from the authors' code (A), and why
-     1  A  The masking is trained through a straight-through term. Sorting has no gradient, and in
-           the authors' code L_r never reaches the scores. `--mask-gradient 0` is their behaviour.
+     1  P  The masking is trained through a straight-through term, which the paper does not define:
+           sorting has no gradient. In the authors' code L_r never reaches the scores;
+           `--mask-gradient 0` is their behaviour.
      2  A  Eq. 2 is exact, in place of a squared distance to a block identity; P, A it is divided by
            c′: undivided, β = 0.03 diverges.
      3  A  The grouping layer starts random. Set to a constant, all channels are equal: a saddle.

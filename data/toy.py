@@ -25,8 +25,8 @@ CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
 
 # What each expression does to a face; 0 is at rest. `brow`: height of the brows. `tilt`: inner ends
 # up (+) or down (-). `eye`: lids open (+) or narrowed (-). `curve`: corners of the mouth up (+) or
-# down (-). `open`: the mouth. `width`: the mouth stretched (+) or pursed (-). `sneer`: upper lip and
-# nose drawn up. `side`: one corner of the mouth and one brow alone.
+# down (-). `open`: the mouth. `width`: the mouth stretched (+) or pursed (-). `sneer`: upper lip
+# and nose drawn up. `side`: one corner of the mouth and one brow alone.
 EXPRESSIONS = {
     "0_neutral": {},
     "1_happiness": dict(curve=1.0, open=0.35, width=0.35, eye=-0.25),
@@ -69,7 +69,8 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
 
     def at(x, y, depth=None):
         z = math.sqrt(max(0.0, 1.0 - x * x - y * y)) if depth is None else depth
-        x, y = x * math.cos(yaw) + z * math.sin(yaw) * 0.6, y * math.cos(pitch) + z * math.sin(pitch)
+        x = x * math.cos(yaw) + z * math.sin(yaw) * 0.6
+        y = y * math.cos(pitch) + z * math.sin(pitch)
         return (cx + zoom * (x * math.cos(roll) - y * math.sin(roll)),
                 cy + zoom * (x * math.sin(roll) + y * math.cos(roll)))
 
@@ -134,7 +135,8 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
                   fill=mix(skin, shade(skin, 0.55), min(1.0, fold)))
     if e["sneer"] > 0.4:
         for y in (0.0, 0.06):
-            draw.line([at(-0.07, eye_y + y), at(0.07, eye_y + y)], fill=shade(skin, 0.6), width=line)
+            draw.line([at(-0.07, eye_y + y), at(0.07, eye_y + y)], fill=shade(skin, 0.6),
+                      width=line)
 
     # The mouth: a middle line that bends, opened by lips that move apart.
     w = mouth_w * (1 + 0.45 * e["width"])
