@@ -49,8 +49,7 @@ Departures: where this file parts from the paper (P) or from the authors' code (
     11  A  DistributedDataParallel in place of DataParallel: BatchNorm sees one process's images.
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
-    14  P  Colours are normalised by AffectNet's statistics; B.4 has FERPlus's for it.
-    15  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
+    14  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
 
 Map
     Part I: the method       3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
@@ -801,7 +800,7 @@ EVALUATIONS = {  # what the presets change of them
 FREE = {"fresh", "name", "workers", "log_every", "compile"}
 
 HERE = Path(__file__).resolve().parent
-# AffectNet's colour statistics, as the authors publish them. Departure 14: used for all data.
+# AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 
@@ -930,9 +929,34 @@ def find_data(name: str) -> Path:
         if folder.is_dir():
             return folder
     there = sorted(p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir())
+    kind = name.removesuffix("7")
+    order = (f"python data/prepare.py {kind} --src DOWNLOAD` makes it of the owners' archives"
+             if kind in ("affectnet", "rafdb", "ferplus", "sfew") else
+             "python data/toy.py` draws toy faces")
     raise Problem(f"there is no dataset {name}: neither a folder of that name nor "
                   f"{HERE / 'data' / name}; in data/ there is {', '.join(there) or 'nothing'} "
-                  f"(`python data/toy.py` draws toy faces).")
+                  f"(`{order}).")
+
+
+def colours_of(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and deviation of a dataset's channels, by which its pictures are normalised. (Sec. B.4)
+
+    Paper: "For RAF-DB and SFEW, values computed from AffectNet were used, and for FERPlus, values
+    recalculated from FERPlus". Those are in the stats.json that data/prepare.py writes, marked as
+    `own_colours`; all others get AffectNet's. Raises Problem.
+    """
+    path = folder / "stats.json"
+    try:
+        stats = json.loads(path.read_bytes()) if path.exists() else {"own_colours": False}
+        if not stats["own_colours"]:
+            return list(MEAN), list(STD)
+        mean, std = ([float(v) for v in stats[k]] for k in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+            raise ValueError
+        return mean, std
+    except (OSError, ValueError, KeyError, TypeError):
+        raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make "
+                      f"it again with data/prepare.py, or remove it.") from None
 
 
 def find_pictures(folder: Path) -> list[str]:
@@ -1082,15 +1106,15 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def normalise(x: Tensor) -> Tensor:
-    """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over AffectNet. (Sec. B.1)"""
-    x = x / 255 if x.dtype == torch.uint8 else x
+def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
+    """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over the data. (Sec. B.1)"""
+    x, (mean, std) = x / 255 if x.dtype == torch.uint8 else x, colours
     # Channel by channel with plain numbers: a tensor of them would be copied, and waited for.
-    x = torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+    x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def augment(x: Tensor, dice: Tensor, order: list[int]) -> Tensor:
+def augment(x: Tensor, dice: Tensor, order: list[int], colours=(MEAN, STD)) -> Tensor:
     """All of SimCLR's list but the crop. (Sec. 4.1)
 
     x: (B, 3, H, W) uint8. dice: (B, 9) uniform in [0, 1). order: a permutation of 0 to 3, in which
@@ -1110,16 +1134,17 @@ def augment(x: Tensor, dice: Tensor, order: list[int]) -> Tensor:
     # share of the picture; over a tenth of the picture, made odd: 23 taps at 224.
     size = x.shape[3]
     sigma = torch.where(blur < 0.5, (0.1 + 1.9 * width) * size / 224, 0.0)
-    return normalise(gaussian_blur(x, sigma, kernel=size // 10 | 1))
+    return normalise(gaussian_blur(x, sigma, kernel=size // 10 | 1), colours)
 
 
-def prepare(batch: dict[str, Tensor], key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prepare(batch: dict[str, Tensor], key: tuple,
+            colours=(MEAN, STD)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A batch of `Faces`, on its device -> v1, v2, I, u of `SimFLE`. key: (seed, epoch, done)."""
     orders = stream_of(*key)  # drawn for each of the two views
     views, dice = batch["views"], batch["dice"]
     v1, v2 = (augment(views[:, i], dice[:, i * DICE_PER_VIEW:(i + 1) * DICE_PER_VIEW],
-                      torch.randperm(4, generator=orders).tolist()) for i in range(2))
-    return v1, v2, normalise(batch["image"]), dice[:, -1]
+                      torch.randperm(4, generator=orders).tolist(), colours) for i in range(2))
+    return v1, v2, normalise(batch["image"], colours), dice[:, -1]
 
 
 # ===== 4.1 Order of the images =====
@@ -1328,7 +1353,8 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_refinement(model: SimFLE, images: Tensor, rounds: int = 4) -> dict:
+def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
+                       rounds: int = 4) -> dict:
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
     images: (N, 3, 112, 112) uint8, held out. The error of every patch under random masks, the mean
@@ -1342,7 +1368,7 @@ def measure_refinement(model: SimFLE, images: Tensor, rounds: int = 4) -> dict:
     model.eval()
     errors, keeps = [], []
     for chunk in images.split(64):
-        I = normalise(chunk.to(device))  # noqa: E741
+        I = normalise(chunk.to(device), colours)  # noqa: E741
         C = model.ffl.grouping(model.backbone(I)[0])
         kept = 0
         for g in range(masking.groups):
@@ -1449,7 +1475,8 @@ class Run:
         self.warned, self.folder = set(), Path("runs", s.name)
         self.checkpoint = self.folder / f"checkpoint{suffix}.pt"
         self.settings = {k: v for k, v in asdict(s).items() if k not in self.ignored}
-        self.settings |= {"pictures": len(faces)} | more
+        self.colours = agree(world, lambda: colours_of(find_data(s.data)))
+        self.settings |= {"pictures": len(faces), "colours": list(self.colours)} | more
         # Departure 10: ⌊256/W⌋ images a process, 255 in all on three. The rate follows what is
         # true.
         batch = s.batch_size // world.size * world.size
@@ -1563,7 +1590,7 @@ class Run:
         Raises Problem, in every process and before any weight moves, for a loss that is not finite.
         """
         batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-        with self.mixed_precision():  # departure 15
+        with self.mixed_precision():  # departure 14
             parts = self.losses(batch, place)
         parts["loss"].backward()
         parts["unreadable"] = batch["unreadable"].sum() * self.world.size
@@ -1683,7 +1710,7 @@ class Pretraining(Run):
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         with torch.no_grad(), full_precision(batch["dice"]):
-            inputs = prepare(batch, (self.s.seed, *place))
+            inputs = prepare(batch, (self.s.seed, *place), self.colours)
         return self.wrapped(*inputs)
 
     def stepped(self) -> None:
@@ -1696,7 +1723,7 @@ class Pretraining(Run):
             self.images = torch.stack([
                 TF.pil_to_tensor(TF.resize(picture, self.faces.ffl_size)) for picture, _ in
                 map(Faces(self.aside, 1, 1, 1, 0).read, range(len(self.aside)))])
-        measured = measure_refinement(self.model, self.images)
+        measured = measure_refinement(self.model, self.images, self.colours)
         self.log.write(dict(step=step, epoch=epoch + 1, refinement=measured))
         self.status.say(f"epoch {epoch + 1} done; error and keep frequency correlate by "
                         f"{measured['positions']:+.2f} over positions, "
@@ -1900,7 +1927,7 @@ class Evaluation(Run):
 
     def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
-        x = normalise(image)
+        x = normalise(image, self.colours)
         if not self.frozen:
             return wrapped(x)
         with torch.no_grad():
@@ -1962,8 +1989,8 @@ class Evaluation(Run):
         if self.world.first:
             result |= {"protocol": self.s.eval, "settings": self.settings, "reported": "last epoch"}
             content = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
-                           classes=self.classes, mean=list(MEAN), std=list(STD), arch=self.s.arch,
-                           size=self.s.view_size, start=self.settings["start"])
+                           classes=self.classes, mean=self.colours[0], std=self.colours[1],
+                           arch=self.s.arch, size=self.s.view_size, start=self.settings["start"])
             write_whole(self.folder / f"{self.tag}.pt", lambda file: torch.save(content, file))
             write_whole(self.folder / f"eval-{self.tag}.json",
                         lambda file: file.write(json.dumps(result, indent=1).encode()))

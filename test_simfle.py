@@ -1380,9 +1380,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(toy, tmp_path, m
     args = ["--data", toy, *TINY, "--epochs", "2", "--name", "r"]
     prepare, calls = S.prepare, []
 
-    def broken(batch, key):
+    def broken(batch, key, colours):
         calls.append(key)
-        v1, *rest = prepare(batch, key)
+        v1, *rest = prepare(batch, key, colours)
         return (v1 * (math.nan if len(calls) == 7 else 1), *rest)
 
     runs, go = [], S.Run.go
@@ -1438,6 +1438,379 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
     assert {k.split("/")[1] for k in one if k.startswith("train")} == {
         "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
         "7_contempt"}
+
+
+# ===== data/prepare.py =====
+#
+# Each format in small and made up: a tree of tiny pictures and labels, laid out as the owners do.
+
+
+def prepared(*args, blocked=("torch",)):
+    """Runs data/prepare.py as users do, in a process of its own without the `blocked` packages."""
+    code = (f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r})); "
+            f"sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    return subprocess.run([sys.executable, "-c", code, HERE / "data/prepare.py",
+                           *map(str, args)], capture_output=True, text=True)
+
+
+def put(path, size=(20, 24), colour=(200, 100, 50), mode="RGB", **how):
+    """A small picture of one colour, with a bright corner."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", size, colour)
+    picture.paste((255, 255, 255), (0, 0, size[0] // 4, size[1] // 4))
+    picture.convert(mode).save(path, **how)
+    return path
+
+
+def text(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name[0] != "." and p.suffix != ".json"}
+
+
+HEADER = "subDirectory_filePath,face_x,face_y,face_width,face_height,facial_landmarks,expression"
+
+
+def affectnet_lists(src, header=HEADER + ",valence,arousal\n"):
+    """The CSV distribution with one of everything that occurs in it."""
+    images = src / "x/Manually_Annotated/Manually_Annotated_Images"
+    put(images / "1/a.jpg", (60, 40))
+    put(images / "1/b.JPG", (60, 40))
+    put(images / "2/a.jpg", (300, 200))  # the same name in another folder
+    put(images / "2/grey.png", (30, 30), mode="L")
+    put(images / "2/palette.bmp", (30, 30), mode="P")
+    put(images / "2/cmyk.tif", (30, 30), mode="CMYK")
+    (images / "2/broken.jpg").write_bytes(b"no picture at all")
+    whole = (images / "1/a.jpg").read_bytes()
+    (images / "2/cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (images / "2/Thumbs.db").write_bytes(b"x")
+    put(src / "__MACOSX/1/a.jpg", (5, 5))
+    marks = ";".join(["1.5;2"] * 68)
+
+    def row(path, box, label):
+        return f"{path},{box},{marks},{label},0.1,-0.2\n"
+
+    text(src / "x/Manually_Annotated_file_lists/training.csv", header + "".join([
+        row("1/a.jpg", "10,5,30,20", 0), row("1/b.JPG", "-5,-5,30,30", 1),
+        row("2/a.jpg", "0,0,300,200", 1), row("2/grey.png", "0,0,30,30", 2),
+        row("2/palette.bmp", "5,5,99,99", 3), row("2/cmyk.tif", "1,1,20,20", 4),
+        row("1/a.jpg", "0,0,8,8", 5), row("1/b.JPG", "0,0,60,40", 7),
+        row("1/none.jpg", "0,0,9,9", 6), row("gone.jpg", "NULL,NULL,NULL,NULL", 1),
+        row("1/a.jpg", "0,0,0,5", 1), row("1/a.jpg", "100,100,5,5", 1),
+        row("2/broken.jpg", "0,0,5,5", 1), row("2/cut.jpg", "0,0,60,40", 1),
+        row("1/a.jpg", "10,5,30,20", 0), row("1/a.jpg", "1,1,5,5", 8),
+        row("1/a.jpg", "1,1,5,5", 10), row("1/a.jpg", "1,1,5,5", "?")]))
+    text(src / "x/validation.csv", row("1/a.jpg", "0,0,60,40", 0) + row("1/b.JPG", "2,2,6,6", 7))
+
+
+def test_affectnet_from_lists_crops_clamps_and_tells_what_it_skips(tmp_path):
+    affectnet_lists(tmp_path / "src")
+    out = tmp_path / "affectnet"
+    done = prepared("affectnet", "--src", tmp_path / "src", "--out", out, "--size", 24)
+    assert done.returncode == 0, done.stderr
+    found = files(out)
+    assert sorted(found) == [
+        "train/0_neutral/a.jpg", "train/1_happiness/a.jpg", "train/1_happiness/b.JPG",
+        "train/2_sadness/grey.png", "train/3_surprise/palette.bmp", "train/4_fear/cmyk.tif",
+        "train/5_disgust/a.jpg", "train/7_contempt/b.JPG", "val/0_neutral/a.jpg",
+        "val/7_contempt/b.JPG"]
+    sizes = {k: Image.open(p).size for k, p in found.items()}
+    assert sizes["train/0_neutral/a.jpg"] == (30, 20)  # cropped, small enough
+    assert sizes["train/1_happiness/b.JPG"] == (24, 24)  # clamped to 25 × 25, then shrunk
+    assert sizes["train/1_happiness/a.jpg"] == (36, 24)  # whole, but shrunk
+    assert sizes["train/3_surprise/palette.bmp"] == (24, 24)
+    # [y:y+h, x:x+w]: the crop begins 10 to the right and 5 down, so the bright corner ends at 5, 5.
+    crop = TF.pil_to_tensor(Image.open(found["train/0_neutral/a.jpg"])).float()
+    assert crop[:, :4, :4].min() > 230 and crop[:, 8:, 8:].mean() < 150
+    words = " ".join(done.stdout.split())
+    for reason in ("1 skipped: file missing", "1 skipped: box is no integer", "1 skipped: no label",
+                   "1 skipped: box without size", "1 skipped: box outside the picture",
+                   "2 skipped: cannot be decoded", "1 skipped: repeated",
+                   "2 skipped: labelled none, uncertain or no face",
+                   "1_happiness 7 2 134,415 134,413 fewer than the paper"):
+        assert reason in words, (reason, done.stdout)
+    assert "none.jpg" not in done.stdout and "Less than half" in done.stdout
+
+
+@pytest.mark.parametrize("header", ["", HEADER + ",v,a\n", " #SubDirectory_filePath , x\n",
+                                    "\ufeff" + HEADER.replace(",", " , ") + "\n"])
+def test_affectnets_lists_have_a_header_or_none_or_one_with_blanks(header, tmp_path):
+    affectnet_lists(tmp_path / "src", header)
+    done = prepared("affectnet", "--src", tmp_path / "src", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(files(tmp_path / "out")) == 10
+    assert json.loads((tmp_path / "out/stats.json").read_text())["counts"]["train"] == dict(zip(
+        ("0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
+         "7_contempt"), (1, 2, 1, 1, 1, 1, 0, 1)))
+
+
+def test_affectnet7_is_seven_classes_of_the_same_files(tmp_path):
+    affectnet_lists(tmp_path / "src")
+    out, seven = tmp_path / "affectnet", tmp_path / "affectnet7"
+    assert prepared("affectnet", "--src", tmp_path / "src", "--out", out).returncode == 0
+    assert S.class_folders(seven / "train") == S.class_folders(out / "train")[:-1]
+    for name in S.find_pictures(seven / "train"):
+        twin = out / Path(name).relative_to(seven)
+        assert os.path.samefile(name, twin) and "contempt" not in name
+    assert len(S.find_pictures(seven)) == 8
+    counts = json.loads((seven / "stats.json").read_text())["counts"]
+    assert len(counts["train"]) == 7 and sum(counts["train"].values()) == 7
+
+
+@pytest.mark.parametrize("blocked", [("torch",), ("torch", "numpy")])
+def test_affectnet_from_npy_files_walks_the_labels_not_two_lists(blocked, tmp_path):
+    import numpy  # torchvision brings it
+
+    src = tmp_path / "src/AffectNet"
+    for split, count in (("train_set", 5), ("val_set/val_set", 3)):
+        (src / split / "annotations").mkdir(parents=True)
+        for i in range(count):
+            put(src / split / f"images/{i}.jpg", (22, 22))
+            value = numpy.array(str(i)) if i % 2 else numpy.array(i)
+            numpy.save(src / split / f"annotations/{i}_exp.npy", value)
+            numpy.save(src / split / f"annotations/{i}_val.npy", numpy.array("0.5"))
+    (src / "train_set/images/1.jpg").unlink()  # zipped together, all that follow would be shifted
+    (src / "train_set/annotations/2_exp.npy").write_bytes(b"\x93NUMPY")
+    done = prepared("affectnet", "--src", src, "--out", tmp_path / "out", blocked=blocked)
+    if "numpy" in blocked:
+        assert done.returncode == 2 and "pip install numpy" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    found = files(tmp_path / "out")
+    assert sorted(found) == [
+        "train/0_neutral/0.jpg", "train/3_surprise/3.jpg", "train/4_fear/4.jpg",
+        "val/0_neutral/0.jpg", "val/1_happiness/1.jpg", "val/2_sadness/2.jpg"]
+    for key, path in found.items():  # linked, not written again
+        split = "train_set" if key.startswith("train") else "val_set/val_set"
+        assert os.path.samefile(path, src / split / "images" / path.name)
+    assert "1 skipped: file missing" in done.stdout and "1 skipped: no label" in done.stdout
+
+
+def test_affectnet_plus_is_filtered_and_its_other_half_ignored(tmp_path):
+    src = tmp_path / "src"
+    for half in ("human_annotated", "no_human_annotated"):
+        for split in ("train_set", "validation_set"):
+            for i in range(11):
+                put(src / half / split / f"images/{i}.jpg")
+                text(src / half / split / f"annotations/{i}.json",
+                     json.dumps({"human-label": i if i % 2 else str(i), "soft": [0]}))
+    text(src / "human_annotated/train_set/annotations/99.json", "{")
+    done = prepared("affectnet", "--src", src, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(files(tmp_path / "out")) == 16 and done.stdout.count("3 skipped: labelled none") == 4
+
+
+def rafdb(src, name="list_patition_label.txt"):
+    lines = [f"train_{i:05}.jpg {i}" for i in range(1, 8)]
+    lines += ["test_0001.jpg 4", "train_00009.jpg 1", "", "nonsense", "train_00001.jpg 1"]
+    text(src / f"basic/EmoLabel/{name}", "\n".join(lines))
+    for line in lines[:8]:
+        put(src / "basic/basic/Image/aligned" / f"{line.split('.')[0]}_aligned.jpg")
+    text(src / "compound/EmoLabel/list_patition_label.txt", "train_0001.jpg 11\n")
+    put(src / "__MACOSX/aligned/._train_00009_aligned.jpg")
+    return src
+
+
+def test_rafdb_maps_its_labels_and_needs_no_particular_place(tmp_path):
+    for name in ("list_patition_label.txt", "list_partition_label.txt"):
+        out = tmp_path / name / "out"
+        done = prepared("rafdb", "--src", rafdb(tmp_path / name / "src", name), "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert sorted(files(out)) == [
+            "train/0_neutral/train_00007_aligned.jpg", "train/1_happiness/train_00004_aligned.jpg",
+            "train/2_sadness/train_00005_aligned.jpg", "train/3_surprise/train_00001_aligned.jpg",
+            "train/4_fear/train_00002_aligned.jpg", "train/5_disgust/train_00003_aligned.jpg",
+            "train/6_anger/train_00006_aligned.jpg", "val/1_happiness/test_0001_aligned.jpg"]
+        for words in ("1 skipped: file missing", "1 skipped: line that is", "1 skipped: repeated"):
+            assert words in done.stdout
+
+
+def test_what_is_still_packed_is_named_with_the_command(tmp_path):
+    src = rafdb(tmp_path / "src")
+    for p in (src / "basic/basic/Image/aligned").iterdir():
+        p.unlink()
+    (src / "basic/Image").mkdir()
+    (src / "basic/Image/aligned.zip").write_bytes(b"PK")
+    done = prepared("rafdb", "--src", src, "--out", tmp_path / "out")
+    zipped = src / "basic/Image/aligned.zip"
+    assert done.returncode == 2 and f"unzip -o '{zipped}' -d '{zipped.parent}'" in done.stderr
+    assert "file missing" in done.stderr and not (tmp_path / "out").exists()
+
+
+VOTES = {  # the file's number -> row in the lists, split, votes, what comes of it
+    0: (0, "Train", (4, 0, 0, 1, 3, 2, 0, 0, 0, 0), None),  # 4 of 9: no majority
+    1: (1, "Train", (6, 0, 1, 1, 0, 0, 0, 0, 2, 0), "0_neutral"),  # single votes do not count
+    4: (3, "Train", (0, 0, 0, 0, 0, 8, 0, 2, 0, 0), "5_disgust"),  # its number is not its row
+    5: (4, "Train", (0, 0, 0, 0, 0, 0, 7, 3, 0, 0), "4_fear"),
+    6: (5, "Train", (0, 0, 0, 0, 0, 0, 0, 2, 8, 0), None),  # unknown
+    7: (6, "Valid", (0, 5, 0, 5, 0, 0, 0, 0, 0, 0), None),  # half is not more than half
+    8: (7, "Valid", (1, 1, 1, 1, 1, 1, 1, 1, 1, 1), None),
+    9: (8, "Valid", (0, 0, 9, 1, 0, 0, 0, 0, 0, 0), "3_surprise"),
+    10: (10, "Test", (0, 0, 0, 1, 9, 0, 0, 0, 0, 0), "6_anger"),
+    11: (12, "Test", (0, 0, 0, 6, 0, 2, 0, 2, 0, 0), "2_sadness"),
+}
+ROWS = 13  # row 2 has no name; rows 9 and 11 repeat those of 8 and 12, further from their numbers
+USAGE = {"Train": "Training", "Valid": "PublicTest", "Test": "PrivateTest"}
+
+
+def ferplus(src, kind):
+    names, usages, votes = {2: ""}, {2: "Train"}, {}
+    for number, (row, split, given, _) in VOTES.items():
+        names[row], usages[row] = f"fer{number:07}.png", split
+        votes.setdefault(split, []).append(
+            f'fer{number:07}.png,"(0, 0, 48, 48)",{",".join(map(str, given))}')
+    names |= {9: "fer0000001.png", 11: "fer0000004.png"}
+    usages |= {9: "Train", 11: "Train"}
+    for split, lines in votes.items():
+        text(src / f"FERPlus/data/FER2013{split}/label.csv", "\n".join(lines))
+    if kind == "drawn":
+        for row, name in names.items():
+            if name and row not in (9, 11):
+                put(src / f"FERPlus/data/FER2013{usages[row]}/{name}", (48, 48), (row,) * 3, "L")
+        return src
+    text(src / "FERPlus/fer2013new.csv", "Usage,Image name,neutral\n" + "".join(
+        f"{USAGE[usages[i]]},{names[i]},0\n" for i in range(ROWS)))
+    rows = [(USAGE[usages[i]], " ".join([str(10 * i)] * 48**2)) for i in range(ROWS)]
+    if kind == "fer2013.csv":
+        content = "emotion,pixels,Usage\n" + "".join(f"0,{p},{u}\n" for u, p in rows)
+    elif kind == "icml_face_data.csv":
+        content = "emotion, Usage, pixels\n" + "".join(f"0,{u},{p}\n" for u, p in rows)
+    else:
+        kind, content = "fer2013.csv", "".join(f"0,{p},{u}\n" for u, p in rows)
+    text(src / "kaggle" / kind, content)
+    return src
+
+
+@pytest.mark.parametrize("kind", ["fer2013.csv", "icml_face_data.csv", "no header", "drawn"])
+def test_ferplus_takes_the_majority_and_finds_names_by_row(kind, tmp_path):
+    src, out = ferplus(tmp_path / "src", kind), tmp_path / "out"
+    done = prepared("ferplus", "--src", src, "--out", out)
+    assert done.returncode == 0, done.stderr
+    folders = {"Train": "train", "Valid": "valid", "Test": "val"}
+    expected = {f"{folders[split]}/{label}/fer{number:07}.png": row
+                for number, (row, split, _, label) in VOTES.items() if label}
+    found = files(out)
+    assert sorted(found) == sorted(expected)
+    for key, path in found.items():
+        pixels = Image.open(path).convert("L")
+        assert pixels.size == (48, 48)
+        value = expected[key] if kind == "drawn" else 10 * expected[key]
+        assert pixels.getpixel((40, 40)) == value  # row i's pixels, whatever the name's number
+    assert "no majority" in done.stdout and "majority for unknown" in done.stdout
+    stats = json.loads((out / "stats.json").read_text())
+    assert stats["own_colours"] and "valid" in stats["counts"]
+    if kind != "drawn":
+        assert Image.open(found["train/0_neutral/fer0000001.png"]).mode == "RGB"
+        # Three pictures of 10, 30 and 40 of 255: their mean, and the deviation over all pixels.
+        assert stats["mean"] == [round(80 / 3 / 255, 4)] * 3
+        assert stats["std"] == [round((2600 / 3 - (80 / 3)**2)**0.5 / 255, 4)] * 3
+
+
+def test_ferplus_sources_that_do_not_belong_together_get_a_sentence(tmp_path):
+    src = ferplus(tmp_path / "src", "fer2013.csv")
+    lines = (src / "kaggle/fer2013.csv").read_text().splitlines()
+    for change, words in ((lines[:-1], "12 rows"), (lines + lines[-1:], "row 14"),
+                          ([lines[0]] + lines[:0:-1], "row 1 of")):
+        text(src / "kaggle/fer2013.csv", "\n".join(change))
+        done = prepared("ferplus", "--src", src, "--out", tmp_path / "out")
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    (src / "kaggle/fer2013.csv").unlink()
+    put(src / "kaggle/train/angry/Training_3908.jpg")
+    done = prepared("ferplus", "--src", src, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "lost their row numbers" in done.stderr
+
+
+def test_sfew_is_found_in_its_folders_without_the_test_set(tmp_path):
+    src = tmp_path / "src"
+    for emotion in ("Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise"):
+        put(src / f"Train/Train_Aligned_Faces/{emotion}/one.png")
+        put(src / f"Val/Val_Aligned_Faces_new/Val_Aligned_Faces/{emotion}/one.png")
+        put(src / f"Train/Train_Aligned_Faces/{emotion}/.two.png")
+        (src / f"Train/Train_Aligned_Faces/{emotion}/Thumbs.db").write_bytes(b"x")
+    put(src / "Test/Test_Aligned_Faces/three.png")
+    done = prepared("sfew", "--src", src, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(files(tmp_path / "out")) == 14 and "Thumbs" not in str(files(tmp_path / "out"))
+    assert os.path.samefile(tmp_path / "out/train/6_anger/one.png",
+                            src / "Train/Train_Aligned_Faces/Angry/one.png")
+
+
+@pytest.mark.parametrize("name, wanted", [("affectnet", "training.csv"), ("rafdb", "EmoLabel"),
+                                          ("ferplus", "label.csv"), ("sfew", "Aligned_Faces")])
+def test_a_wrong_folder_gets_what_was_looked_for_and_what_is_there(name, wanted, tmp_path):
+    put(tmp_path / "src/holiday/beach.jpg")
+    done = prepared(name, "--src", tmp_path / "src", "--out", tmp_path / "out")
+    assert done.returncode == 2 and wanted in done.stderr and "holiday/" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_preparation_goes_on_and_redoes_nothing(tmp_path):
+    src, out = rafdb(tmp_path / "src"), tmp_path / "out"
+    order = ["rafdb", "--src", src, "--out", out, "--size", 16]
+    assert prepared(*order).returncode == 0
+    first = {k: (p.read_bytes(), p.stat().st_mtime_ns) for k, p in files(out).items()}
+    stats = (out / "stats.json").read_text()
+    # As after a kill: one picture is not there, another is but was not noted, half of one lies
+    # there under a temporary name, and the last line of the journal is cut off.
+    gone = sorted(first)[3]
+    (out / gone).unlink()
+    (out / gone).with_name(f".{Path(gone).name}.part").write_bytes(first[gone][0][:100])
+    lines = (out / ".prepared.jsonl").read_text().splitlines()
+    (out / ".prepared.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
+    done = prepared(*order)
+    assert done.returncode == 0 and "6 pictures are there already" in done.stdout
+    second = {k: (p.read_bytes(), p.stat().st_mtime_ns) for k, p in files(out).items()}
+    assert second.keys() == first.keys() and second[gone][0] == first[gone][0]
+    assert all(second[k] == first[k] for k in first if k != gone)
+    assert (out / "stats.json").read_text() == stats and not list(out.rglob("*.part"))
+    done = prepared(*order[:-1], 20)  # what is there was made with another size
+    assert done.returncode == 2 and "size 16; now" in done.stderr
+    put(out / "train/0_neutral/stranger.jpg")
+    assert "1 files lie in" in prepared(*order).stdout
+
+
+def test_where_links_do_not_work_pictures_are_copied_whole(tmp_path, monkeypatch):
+    code = ("import os, runpy, sys\ndef no(*a, **k): raise OSError('no links')\n"
+            "os.link = os.symlink = no\n"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    affectnet_lists(tmp_path / "src")
+    done = subprocess.run([sys.executable, "-c", code, HERE / "data/prepare.py", "affectnet",
+                           "--src", tmp_path / "src", "--out", tmp_path / "affectnet", "--size",
+                           "0"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images = tmp_path / "src/x/Manually_Annotated/Manually_Annotated_Images"
+    copy_of = tmp_path / "affectnet/val/0_neutral/a.jpg"
+    assert copy_of.read_bytes() == (images / "1/a.jpg").read_bytes()
+    assert not os.path.samefile(copy_of, images / "1/a.jpg")
+    assert len(S.find_pictures(tmp_path / "affectnet7")) == 8
+
+
+def test_ferplus_is_normalised_by_its_own_colours_all_else_by_affectnets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for own in (False, True):
+        text(tmp_path / "d/stats.json", json.dumps(dict(mean=[.1] * 3, std=[.2] * 3,
+                                                        own_colours=own)))
+        assert S.colours_of(tmp_path / "d") == (([.1] * 3, [.2] * 3) if own
+                                                else (list(S.MEAN), list(S.STD)))
+    assert S.colours_of(tmp_path) == (list(S.MEAN), list(S.STD))
+    x = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    torch.testing.assert_close(S.normalise(x, ([.1] * 3, [.2] * 3)), torch.full((1, 3, 2, 2), 0.5))
+    for split in ("train", "val"):
+        for c in ("0_a", "1_b"):
+            for i in range(4):
+                put(tmp_path / f"d/{split}/{c}/{i}.png")
+    net = torchvision.models.resnet18().state_dict()
+    torch.save({k: v for k, v in net.items() if not k.startswith("fc.")}, tmp_path / "b.pt")
+    args = ["--data", "d", "--eval", "--init", "b.pt", "--arch", "resnet18", "--epochs", "1",
+            "--batch-size", "4", "--view-size", "32", "--workers", "0"]
+    assert S.main(args) == 0
+    assert torch.load("runs/d/linear-d-b.pt")["mean"] == [.1] * 3
+    text(tmp_path / "d/stats.json", "{}")
+    assert S.main(args + ["--fresh"]) == 2
 
 
 def test_the_readme_names_every_departure_and_only_packages_that_are_required():
