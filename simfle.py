@@ -59,6 +59,7 @@ Map
                              4.1 Processes · 4.1 Checkpoints · 4.1 What is watched · 4.1 The loop ·
                              4.1 Pre-training
     Part III: evaluation
+    Part IV: other rows of the tables    Table 3: parts taken away · Table 4: other methods for GFL
     main
 """
 
@@ -74,6 +75,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,6 +85,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
@@ -212,10 +215,9 @@ class Stream(nn.Module):
     (Sec. 3.1, Fig. 2)
     """
 
-    def __init__(self, backbone: Backbone, hidden: int, outputs: int):
+    def __init__(self, backbone: Backbone, projector: nn.Module):
         super().__init__()
-        self.backbone = backbone
-        self.projector = mlp(backbone.channels, hidden, outputs)
+        self.backbone, self.projector = backbone, projector
 
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
         pooled = self.backbone(v)[1]
@@ -225,13 +227,14 @@ class Stream(nn.Module):
 class BYOL(nn.Module):
     """GFL by BYOL. (Sec. 3.1, Eq. 1)
 
-    forward: v1, v2 (B, 3, 224, 224) each -> L_s (), the online pooled features h1, h2 (B, 2048)
-    each, and z1 (B, 256), the online projection of v1, for `spread`. Call `update()` once after
-    every step of the optimiser. Needs B ≥ 2 in train mode (BatchNorm). τ = 0.99 throughout, as in
-    the authors' code; the paper gives no value.
+    forward: v1, v2 (B, 3, 224, 224) each -> L_s (); the pooled features (B, 2048) of the views that
+    the online stream has seen, here [h1, h2]; and z1 (B, 256), the online projection of v1, for
+    `spread`. Call `update()` once after every step of the optimiser. Needs B ≥ 2 in train mode
+    (BatchNorm). τ = 0.99 throughout, as in the authors' code; the paper gives no value. What has
+    this interface can take BYOL's place (Part IV).
 
         byol = BYOL(Backbone())
-        L_s, h1, h2, z1 = byol(v1, v2); L_s.backward(); optimizer.step()
+        L_s, (h1, h2), z1 = byol(v1, v2); L_s.backward(); optimizer.step()
         byol.update()
     """
 
@@ -239,14 +242,14 @@ class BYOL(nn.Module):
                  tau: float = 0.99):
         super().__init__()
         self.tau = tau
-        self.online = Stream(backbone, hidden, outputs)
+        self.online = Stream(backbone, mlp(backbone.channels, hidden, outputs))
         self.predictor = mlp(outputs, hidden, outputs)
         # The target starts as a copy. Its BatchNorm normalises by the batch at hand, as the online
         # one's does, and keeps running statistics of its own: they belong to weights that lag
         # behind, and since in train mode nothing reads them, averaging them would change nothing.
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
-    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         # One forward per view. Concatenated they would run a little faster, but BatchNorm would
         # then normalise both by one common mean, and each would see the other through it.
         z1, h1 = self.online(v1)
@@ -257,7 +260,7 @@ class BYOL(nn.Module):
         # orders are added, not averaged: L_s runs from 0 to 8.
         loss = (similarity_loss(self.predictor(z1), target2)
                 + similarity_loss(self.predictor(z2), target1))
-        return loss, h1, h2, z1
+        return loss, [h1, h2], z1
 
     def update(self) -> None:
         """Moves the target after the optimiser's step."""
@@ -375,7 +378,7 @@ SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place o
 class SemanticMasking(nn.Module):
     """Chooses the patches to mask from the grouped channels. (Sec. 3.2, Eq. 3)
 
-    forward: C (B, 2048, 4, 4); u (B,) in [0, 1) picks the group, ⌊u·N_g⌋, and is drawn if it is not
+    forward: C (B, 2048, 4, 4); u (B, 1) in [0, 1) picks the group, ⌊u·N_g⌋, drawn if it is not
     given -> a (B, 49) the scores, with gradient; keep (B, 12) the indices of the kept patches, best
     first; mask (B, 49), 0 kept and 1 masked. Patches are counted row by row. Has no parameters.
     Raises ValueError where `patch` does not divide `image_size`.
@@ -403,8 +406,8 @@ class SemanticMasking(nn.Module):
             return F.avg_pool2d(score_map, self.patch).flatten(1)  # (B, 49)
 
     def forward(self, C: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        u = torch.rand(len(C), device=C.device) if u is None else u
-        a = self.scores(C, (u * self.groups).long())
+        u = torch.rand(len(C), 1, device=C.device) if u is None else u
+        a = self.scores(C, (u[:, 0] * self.groups).long())
         return a, *mask_lowest(a, self.ratio)
 
 
@@ -593,8 +596,8 @@ class MaskedAutoencoder(nn.Module):
 class FaceMAE(nn.Module):
     """The whole of FFL: grouping, semantic masking, autoencoding. (Sec. 3.2, Eq. 2 to 4)
 
-    forward: X (B, 2048, 4, 4), the backbone's map of I; I (B, 3, 112, 112); u (B,) in [0, 1) picks
-    the group of each image, drawn if it is not given -> L_r (), tokens (B, 12, 768) for the
+    forward: X (B, 2048, 4, 4), the backbone's map of I; I (B, 3, 112, 112); u (B, 1) in [0, 1)
+    picks the group of each image, drawn if it is not given -> L_r (), tokens (B, 12, 768) for the
     distillation, L_g (), and mean D² between and within groups, two () without gradient.
     """
 
@@ -631,7 +634,7 @@ class FaceMAE(nn.Module):
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     """Each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
 
-    zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over the three, averaged over the batch.
+    zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over them, averaged over the batch.
 
     Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)), its order and gradient left open. As in the
     authors' code, z̄ teaches: it is a constant and stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order
@@ -660,27 +663,28 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 class SimFLE(nn.Module):
     """SimFLE. Without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
 
+    gfl: `BYOL`, or another of Part IV. ffl: a `FaceMAE` for the channels of gfl's backbone.
     forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
-    augmented; u (B,) in [0, 1) picks each image's channel group, drawn if it is not given -> a dict
-    of scalars: `loss` with gradient, and without it L_s, L_r, L_d, L_g, spread, D2_between,
-    D2_within. `**facemae` goes to `FaceMAE`. Call `update()` after every step of the optimiser.
+    augmented; u, what `SemanticMasking` draws from -> a dict of scalars: `loss` with gradient, and
+    without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. Call `update()` after every step
+    of the optimiser.
 
         model = SimFLE()
         model(v1, v2, I)["loss"].backward(); optimizer.step()
         model.update()
     """
 
-    def __init__(self, backbone: Backbone | None = None, hidden: int = 4096, outputs: int = 256,
-                 tau: float = 0.99, alpha: float = 0.3, beta: float = 0.03, t: float = 4.0,
-                 **facemae):
+    def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
+                 hidden: int = 4096, outputs: int = 256, alpha: float = 0.3, beta: float = 0.03,
+                 t: float = 4.0):
         super().__init__()
-        backbone = Backbone() if backbone is None else backbone
         self.alpha, self.beta, self.t = alpha, beta, t
-        self.gfl = BYOL(backbone, hidden, outputs, tau)
-        self.ffl = FaceMAE(backbone.channels, **facemae)
+        self.gfl = BYOL(Backbone()) if gfl is None else gfl
+        channels = self.backbone.channels
+        self.ffl = FaceMAE(channels) if ffl is None else ffl
         width = self.ffl.mae.embed.out_features
         self.distil_m = mlp(width, hidden, outputs)  # of the encoder's tokens
-        self.distil_v = mlp(backbone.channels, hidden, outputs)  # of the backbone's features
+        self.distil_v = mlp(channels, hidden, outputs)  # of the backbone's features
 
     @property
     def backbone(self) -> Backbone:
@@ -690,7 +694,7 @@ class SimFLE(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
                 u: Tensor | None = None) -> dict[str, Tensor]:
         # 3.1 What is the same in two views?
-        L_s, h1, h2, z1 = self.gfl(v1, v2)
+        L_s, hs, z1 = self.gfl(v1, v2)
 
         # 3.2 What must be seen to guess the rest? The backbone looks at I in train mode (its
         # running statistics move for the third time), but no gradient comes back to it from here.
@@ -701,18 +705,21 @@ class SimFLE(nn.Module):
         # 3.3 The two compare notes. The face's vector is the mean over its visible patches; the
         # class token is left out, as with the authors.
         z_m = self.distil_m(tokens.mean(dim=1))
-        z_v1, z_v2 = self.distil_v(h1), self.distil_v(h2)
-        L_d = distillation_loss([z_m, z_v1, z_v2], self.t)
+        L_d = distillation_loss([z_m] + [self.distil_v(h) for h in hs], self.t)
 
         # Eq. 6
         loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
-        parts = dict(L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1),
-                     D2_between=D2_between, D2_within=D2_within)
-        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+        return report(loss, L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1),
+                      D2_between=D2_between, D2_within=D2_within)
 
     def update(self) -> None:
         """What changes without gradient, once after every step: the target (Sec. 3.1)."""
         self.gfl.update()
+
+
+def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
+    """The loss, with gradient, and its parts, without. (ours)"""
+    return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
 
 
 # ================================ Settings ================================
@@ -751,7 +758,11 @@ class Settings:
     arch: str = setting("resnet50", "backbone: a torchvision ResNet, or small (4.1)")
     hidden: int = setting(4096, "hidden width of every head (authors)")
     outputs: int = setting(256, "output width of every head (authors)")
-    tau: float = setting(0.99, "inertia of the target stream, 0 to 1 (authors)")
+    gfl: str = setting("byol", "byol, simsiam, moco, mocov2 or simclr (4.3)")
+    ffl: str = setting("semantic", "masking of FaceMAE: semantic or random; none: GFL alone (4.3)")
+    connection: str = setting("distil", "of the branches: distil, or direct: no L_d (4.3)")
+    tau: float = setting(0.99, "inertia of the target, 0 to 1 (authors); MoCo: 0.999 (its paper)")
+    queue: int = setting(65_536, "keys that MoCo remembers (its paper)")
     groups: int = setting(32, "channel groups N_g (4.1)")
     grouping: str = setting("paper", "Eq. 2 as in the paper, or balanced: per pair (ours)")
     mask_ratio: float = setting(0.75, "share of the patches that is masked (4.1)")
@@ -778,7 +789,7 @@ class Settings:
 PRESETS = {
     "paper": {},
     "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
-                   batch_size=64, lr=0.4, steps=400, crop_min=0.3),
+                   batch_size=64, lr=0.4, steps=400, crop_min=0.3, queue=1024),
 }
 VITS = {
     "base": dict(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8,
@@ -842,6 +853,8 @@ def read_settings(orders: dict) -> Settings:
         check_choice("eval", protocol, PROTOCOLS)
         base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
+    if orders.get("gfl", "").startswith("moco") and preset == "paper":
+        base = base | {"tau": 0.999}  # of the laptop's 400 steps, it would forget none
     if "epochs" in orders:
         base = base | {"steps": 0}  # asked for in epochs, a preset's steps do not count
     s = Settings(**base | orders | {"preset": preset, "name": name})
@@ -860,8 +873,14 @@ def check_settings(s: Settings) -> None:
     check_choice("arch", s.arch, RESNETS)
     check_choice("vit", s.vit, VITS)
     check_choice("grouping", s.grouping, ("paper", "balanced"))
+    check_choice("gfl", s.gfl, GFLS)
+    check_choice("ffl", s.ffl, ("semantic", "random", "none"))
+    check_choice("connection", s.connection, ("distil", "direct"))
+    if (s.ffl, s.connection) == ("none", "direct"):
+        raise Problem("--connection direct has nothing to connect where --ffl is none; leave one "
+                      "of them out.")
     for name in ("epochs", "batch_size", "view_size", "ffl_size", "hidden", "outputs", "groups",
-                 "patch", "log_every", "lr", "temperature"):
+                 "patch", "queue", "log_every", "lr", "temperature"):
         if not getattr(s, name) > 0:
             raise Problem(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}.")
     for name in ("steps", "momentum", "weight_decay", "mask_gradient", "alpha", "beta"):
@@ -888,16 +907,27 @@ def build_resnet(arch: str) -> nn.Module:
     return small_resnet() if arch == "small" else torchvision.models.get_model(arch)
 
 
-def build_model(s: Settings) -> SimFLE:
-    """The model that the settings describe, its weights drawn from the seed. Raises Problem."""
+def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
+    """The model that the settings describe, its weights drawn from the seed. Raises Problem.
+
+    gather, deal: how processes exchange tensors (see Part IV); None: there is one.
+    """
     torch.manual_seed(s.seed)
+    backbone = Backbone(build_resnet(s.arch))
     try:
-        return SimFLE(Backbone(build_resnet(s.arch)), s.hidden, s.outputs, s.tau, s.alpha, s.beta,
-                      s.temperature, groups=s.groups, ratio=s.mask_ratio, kappa=s.mask_gradient,
-                      balanced=s.grouping == "balanced", image_size=s.ffl_size, patch=s.patch,
-                      norm_pix=s.norm_pix, **VITS[s.vit])
+        gfl = GFLS[s.gfl](s, backbone, gather or alone, deal or (lambda v: (v, alone)))
+        if s.ffl == "none":
+            return GFLAlone(gfl)
+        ffl = FaceMAE(backbone.channels, groups=s.groups, ratio=s.mask_ratio,
+                      kappa=s.mask_gradient, balanced=s.grouping == "balanced",
+                      image_size=s.ffl_size, patch=s.patch, norm_pix=s.norm_pix, **VITS[s.vit])
     except ValueError as error:
         raise Problem(f"{error}; change --groups, --patch or --ffl-size.") from None
+    if s.ffl == "random":
+        ffl.masking = RandomMasking(s.groups, s.ffl_size, s.patch, s.mask_ratio)
+    if s.connection == "direct":
+        return DirectSimFLE(gfl, ffl, s.beta)
+    return SimFLE(gfl, ffl, s.hidden, s.outputs, s.alpha, s.beta, s.temperature)
 
 
 # ================================ Part II: training ================================
@@ -994,7 +1024,6 @@ def throw(picture: Image.Image, crops: int, dice: int, crop_min: float, *key):
 
 
 DICE_PER_VIEW = 9  # flip, jitter or not, 4 strengths, grey, blur or not, its width
-DICE = 2 * DICE_PER_VIEW + 1  # and u, which picks the channel group
 TRIES = 64  # unreadable pictures in a row that are stepped over
 
 
@@ -1003,13 +1032,15 @@ class Faces(Dataset):
     4.1):
 
     views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
-    resized; dice (19,) uniform in [0, 1) for what happens on the device; index (); unreadable (), 1
-    where this picture could not be read and the next one that can took its place. The weight that
-    `Batches` adds to the key is 1 in pre-training.
+    resized; dice (19,) uniform in [0, 1) for what happens on the device, 9 a view and `dice` for
+    the masking; index (); unreadable (), 1 where this picture could not be read and the next one
+    that can took its place. The weight that `Batches` adds to the key is 1 in pre-training.
     """
 
-    def __init__(self, paths: list[str], view_size: int, ffl_size: int, crop_min: float, seed: int):
+    def __init__(self, paths: list[str], view_size: int, ffl_size: int, crop_min: float, seed: int,
+                 dice: int = 1):
         self.paths, self.seed, self.crop_min = paths, seed, crop_min
+        self.dice = 2 * DICE_PER_VIEW + dice
         self.view_size, self.ffl_size = [view_size] * 2, [ffl_size] * 2
 
     def __len__(self) -> int:
@@ -1025,7 +1056,7 @@ class Faces(Dataset):
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
         epoch, index, _ = key
         picture, unreadable = self.read(index)
-        boxes, dice = throw(picture, 2, DICE, self.crop_min, self.seed, epoch, index)
+        boxes, dice = throw(picture, 2, self.dice, self.crop_min, self.seed, epoch, index)
         views = [TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size)) for box in boxes]
         # Departure 6: a square, whatever the picture's shape.
         image = TF.pil_to_tensor(TF.resize(picture, self.ffl_size))
@@ -1144,7 +1175,7 @@ def prepare(batch: dict[str, Tensor], key: tuple,
     views, dice = batch["views"], batch["dice"]
     v1, v2 = (augment(views[:, i], dice[:, i * DICE_PER_VIEW:(i + 1) * DICE_PER_VIEW],
                       torch.randperm(4, generator=orders).tolist(), colours) for i in range(2))
-    return v1, v2, normalise(batch["image"], colours), dice[:, -1]
+    return v1, v2, normalise(batch["image"], colours), dice[:, 2 * DICE_PER_VIEW:]
 
 
 # ===== 4.1 Order of the images =====
@@ -1255,6 +1286,23 @@ def processes():
     # Not in a `finally`: where one process failed, waiting for the others to say goodbye would
     # hang.
     dist.destroy_process_group()
+
+
+def gather(world: World, x: Tensor) -> Tensor:
+    """(B, ...) of each process -> (W·B, ...), by rank; the gradient of all comes back to each."""
+    return x if world.size == 1 else torch.cat(all_gather(x.contiguous()))
+
+
+def deal(world: World, v: Tensor):
+    """MoCo's mixing: process r takes every W-th image from the r-th on; the way back. (Table 4)
+
+    No dice: the order of an epoch is random, so those that meet here are new every time.
+    """
+    def back(z: Tensor) -> Tensor:
+        together = rearrange(gather(world, z), "(w b) d -> (b w) d", w=world.size)
+        return together[world.rank * len(z):][:len(z)]
+
+    return gather(world, v)[world.rank::world.size], back
 
 
 def agree(world: World, make):
@@ -1372,8 +1420,8 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
         C = model.ffl.grouping(model.backbone(I)[0])
         kept = 0
         for g in range(masking.groups):
-            u = torch.full((len(I),), (g + 0.5) / masking.groups, device=device)
-            kept = kept + (1 - masking(C, u)[2])
+            a = masking.scores(C, torch.full((len(I),), g, device=device))
+            kept = kept + 1 - mask_lowest(a, masking.ratio)[1]
         keeps.append(kept / masking.groups)
         rank, N_p = torch.rand(kept.shape, generator=draw).argsort(dim=1), kept.shape[1]
         error = times = shift = 0
@@ -1601,7 +1649,7 @@ class Run:
             dist.all_reduce(values)
         values = dict(zip(parts, (values / self.world.size).tolist()))
         if not math.isfinite(values["loss"]):
-            shown = ", ".join(f"{k} {values[k]:.4g}" for k in self.shown)
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k in self.shown)
             raise Problem(f"the loss is not finite in epoch {place[0] + 1} ({shown}), so no step "
                           f"was taken and the last checkpoint is good; a lower --lr may help.")
         for group in self.optimizer.param_groups:
@@ -1643,7 +1691,8 @@ class Run:
             self.log.add(step, epoch, rate, values, self.s.log_every)
             if status.due(step):
                 status.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  "
-                            + "  ".join(f"{k} {values[k]:.3f}" for k in self.shown))
+                            + "  ".join(f"{k} {values[k]:.3f}" for k in self.shown
+                                        if k in values))
             done += batches.batch
             if world.first and (batches.ends(done) or step == batches.total):
                 self.epoch_ends(epoch, step)
@@ -1692,13 +1741,15 @@ class Pretraining(Run):
 
     def __init__(self, s: Settings, world: World):
         paths, self.aside = split_pictures(s)
-        model = build_model(s)
+        model = build_model(s, partial(gather, world), partial(deal, world))
         if s.sync_bn:
             if world.device.type != "cuda":
                 raise Problem("--sync-bn works on GPUs only; leave it out.")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        super().__init__(s, world, Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed), model,
-                         trained=model)
+        # Semantic masking draws one number per image, its group; random masking one per patch.
+        dice = (s.ffl_size // s.patch)**2 if s.ffl == "random" else 1
+        super().__init__(s, world, Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed, dice),
+                         model, trained=model)
         self.images = None  # set aside, read when they are first needed
 
     def rehearsal(self, wrapped: nn.Module) -> Tensor:
@@ -1706,7 +1757,7 @@ class Pretraining(Run):
         v = torch.randn(2, 3, s.view_size, s.view_size, generator=stream_of("rehearsal"))
         v = v.to(device)
         I = F.interpolate(v, s.ffl_size)  # noqa: E741
-        return wrapped(v, v.flip(0), I, torch.zeros(2, device=device))["loss"]
+        return wrapped(v, v.flip(0), I)["loss"]
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         with torch.no_grad(), full_precision(batch["dice"]):
@@ -1717,7 +1768,7 @@ class Pretraining(Run):
         self.model.update()
 
     def epoch_ends(self, epoch: int, step: int) -> None:
-        if not self.aside:
+        if not self.aside or self.model.ffl is None:
             return
         if self.images is None:
             self.images = torch.stack([
@@ -1884,9 +1935,9 @@ class Evaluation(Run):
     """
 
     shown, partial, forgiving = ("loss", "accuracy"), True, False
-    ignored = frozenset(("ffl_size", "hidden", "outputs", "tau", "groups", "grouping", "mask_ratio",
-                         "mask_gradient", "patch", "vit", "norm_pix", "alpha", "beta",
-                         "temperature", "sync_bn"))
+    ignored = frozenset(("ffl_size", "hidden", "outputs", "gfl", "ffl", "connection", "queue",
+                         "tau", "groups", "grouping", "mask_ratio", "mask_gradient", "patch", "vit",
+                         "norm_pix", "alpha", "beta", "temperature", "sync_bn"))
 
     def __init__(self, s: Settings, world: World):
         self.frozen = s.eval == "linear"
@@ -2034,6 +2085,212 @@ def as_linear(s: Settings) -> dict:
     """What --eval alone would have set."""
     return dict(eval="linear", steps=0, oversample=False,
                 **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
+
+
+# ================================ Part IV: other rows of the tables =============================
+#
+# Section 4.3 takes parts of SimFLE away (Table 3) or puts another method in BYOL's place (Table 4).
+# Each is one class here, in Part I's words and letters and with its interfaces, so that nothing
+# else in the file asks which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+
+
+# ===== Table 3: parts taken away =====
+
+
+class GFLAlone(nn.Module):
+    """One branch only; interface as `SimFLE`, but I and u are not used. (Table 3 a, Table 1)"""
+
+    def __init__(self, gfl: nn.Module):
+        super().__init__()
+        self.gfl, self.ffl = gfl, None
+
+    backbone, update = SimFLE.backbone, SimFLE.update
+
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
+                u: Tensor | None = None) -> dict[str, Tensor]:
+        L_s, _, z1 = self.gfl(v1, v2)
+        return report(L_s, L_s=L_s, spread=spread(z1))
+
+
+class DirectSimFLE(nn.Module):
+    """No distillation: the map X keeps its gradient instead; interface as `SimFLE`. (Table 3 b)
+
+    L_g and the refinement then train the backbone through the grouping layer.
+    """
+
+    def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
+        super().__init__()
+        self.gfl, self.ffl, self.beta = gfl, ffl, beta
+
+    backbone, update = SimFLE.backbone, SimFLE.update
+
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
+                u: Tensor | None = None) -> dict[str, Tensor]:
+        L_s, _, z1 = self.gfl(v1, v2)
+        L_r, _, L_g, D2_between, D2_within = self.ffl(self.backbone(I)[0], I, u)
+        return report(L_s + L_r + self.beta * L_g, L_s=L_s, L_r=L_r, L_g=L_g, spread=spread(z1),
+                      D2_between=D2_between, D2_within=D2_within)
+
+
+class RandomMasking(SemanticMasking):
+    """Masks at random; interface as `SemanticMasking`, with u (B, 49) for scores. (Table 3 c)
+
+    All else is shared with semantic masking, the grouping layer and L_g too: they train each other,
+    and nothing else learns from them. The paper counts the same arithmetic for both.
+    """
+
+    def forward(self, C: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        N_p = (self.image_size // self.patch)**2
+        a = torch.rand(len(C), N_p, device=C.device) if u is None else u
+        return a, *mask_lowest(a, self.ratio)
+
+
+# ===== Table 4: other methods for GFL =====
+#
+# SimSiam shows that BYOL's target needs no inertia, only its constancy. The others compare faces
+# with each other: a view must find the other view of its face (the positive) among those of other
+# faces (the negatives), and cannot while all are one point. MoCo keeps its negatives in a queue,
+# SimCLR takes them from the batch.
+#
+# Processes: the negatives are those of all processes. How tensors come together is told from
+# outside: gather (B, ...) -> (W·B, ...) joins those of W processes in the order of their ranks.
+
+
+def alone(x: Tensor) -> Tensor:
+    """`gather` where there is one process."""
+    return x
+
+
+def two_layers(inputs: int, outputs: int) -> nn.Sequential:
+    """The head of SimCLR and MoCo v2: without BatchNorm. (Table 4)"""
+    return nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(inplace=True),
+                         nn.Linear(inputs, outputs))
+
+
+class SimSiam(nn.Module):
+    """GFL by SimSiam (Chen and He, 2021); interface as `BYOL`. (Table 4)
+
+    BYOL without a target: a prediction aims at the online stream's own projection of the other
+    view, held constant. L_s is 1 − cos, averaged over both orders: SimSiam's loss plus 1.
+    """
+
+    def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
+        super().__init__()
+        self.online = Stream(backbone, nn.Sequential(
+            nn.Linear(backbone.channels, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+            nn.Linear(width, width), nn.BatchNorm1d(width, affine=False)))
+        self.predictor = mlp(width, bottleneck, width)
+
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
+        loss = (similarity_loss(self.predictor(z1), z2.detach())
+                + similarity_loss(self.predictor(z2), z1.detach())) / 4
+        return loss, [h1, h2], z1
+
+    def update(self) -> None:
+        """There is no target."""
+
+
+class MoCo(nn.Module):
+    """GFL by MoCo (He et al., 2020); interface as `BYOL`. (Table 4)
+
+    MoCo v2 is this with the head `two_layers` and t = 0.2.
+
+    The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
+    of earlier batches, in a queue that is the same in every process. Only v1 is seen with gradient,
+    so L_d has two vectors, z_m and z_v1: of v2 there are features of the target alone, to which
+    nothing can be distilled.
+
+    deal: v (B, ...) -> as many images of all processes, mixed, and a function that puts what was
+    computed of them back in place. That is shuffling BatchNorm: the statistics of one batch are
+    like a mark on all that was computed with it, and a query would know its key by the mark.
+    Mixed, they have been normalised among other images. One process has none to mix with.
+    """
+
+    def __init__(self, backbone: Backbone, projector: nn.Module, outputs: int = 128,
+                 queue: int = 65_536, t: float = 0.07, tau: float = 0.999, gather=alone,
+                 deal=lambda v: (v, alone)):
+        super().__init__()
+        self.t, self.tau, self.gather, self.deal = t, tau, gather, deal
+        self.online = Stream(backbone, projector)
+        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        # Random directions at first: no face is like them, so the first steps are easy.
+        self.register_buffer("queue", F.normalize(torch.randn(queue, outputs), dim=1))
+        self.register_buffer("next", torch.zeros((), dtype=torch.long))  # the queue's oldest key
+
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        z1, h1 = self.online(v1)
+        with torch.no_grad():
+            mixed, back = self.deal(v2)
+            k = F.normalize(back(self.target(mixed)[0]).float(), dim=1)
+        self.keys = k  # join the queue with `update`
+        with full_precision(z1):
+            q = F.normalize(z1.float(), dim=1)
+            positive, negative = (q * k).sum(dim=1, keepdim=True), q @ self.queue.T  # (B, 65536)
+            logits = torch.cat([positive, negative], dim=1) / self.t
+            right = torch.zeros(len(q), dtype=torch.long, device=q.device)
+            return F.cross_entropy(logits, right), [h1], z1
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the target; this step's keys of all processes take the place of the oldest."""
+        ema_update(self.target, self.online, self.tau)
+        keys, size = self.gather(self.keys), len(self.queue)
+        place = self.next + torch.arange(len(keys), device=keys.device)
+        self.queue[place[-size:] % size] = keys[-size:]  # round and round, whatever the batch
+        self.next.copy_((self.next + len(keys)) % size)
+
+
+def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
+    """SimCLR's loss: every view must find its other one among all 2B − 1. (Table 4)
+
+    z1, z2: (B, 128), row i of both of one face. Returns (): averaged over the 2B views.
+    """
+    with full_precision(z1):
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+        views = len(z)
+        itself = torch.eye(views, dtype=torch.bool, device=z.device)
+        similarity = (z @ z.T / t).masked_fill(itself, -math.inf)
+        other = (torch.arange(views, device=z.device) + views // 2) % views
+        return F.cross_entropy(similarity, other)
+
+
+class SimCLR(nn.Module):
+    """GFL by SimCLR (Chen et al., 2020); interface as `BYOL`. (Table 4)
+
+    Every process computes the loss of the whole batch from all processes' projections. Through
+    `gather` each gets the gradient of all these equal losses, W times that of one, and
+    DistributedDataParallel divides it by W again.
+    """
+
+    def __init__(self, backbone: Backbone, projector: nn.Module, t: float = 0.1, gather=alone):
+        super().__init__()
+        self.t, self.gather = t, gather
+        self.online = Stream(backbone, projector)
+
+    def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
+        return nt_xent(self.gather(z1), self.gather(z2), self.t), [h1, h2], z1
+
+    def update(self) -> None:
+        """There is no target."""
+
+
+# How each is built from the settings. SimSiam's 2048 and 512 are a half and an eighth of `hidden`,
+# the others' 128 a half of `outputs`: so they shrink with the laptop preset.
+GFLS = {
+    "byol": lambda s, f, gather, deal: BYOL(f, s.hidden, s.outputs, s.tau),
+    "simsiam": lambda s, f, gather, deal: SimSiam(f, s.hidden // 2, s.hidden // 8),
+    "moco": lambda s, f, gather, deal: MoCo(
+        f, nn.Linear(f.channels, s.outputs // 2), s.outputs // 2, s.queue, 0.07, s.tau, gather,
+        deal),
+    "mocov2": lambda s, f, gather, deal: MoCo(
+        f, two_layers(f.channels, s.outputs // 2), s.outputs // 2, s.queue, 0.2, s.tau, gather,
+        deal),
+    "simclr": lambda s, f, gather, deal: SimCLR(
+        f, two_layers(f.channels, s.outputs // 2), 0.1, gather),
+}
 
 
 # ================================ main ================================

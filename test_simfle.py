@@ -6,6 +6,7 @@ Formulas are checked against slow, obvious versions of themselves; the program i
 it, with tiny nets. What takes longer is marked `slow` and runs with `-m slow`.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -44,8 +45,10 @@ def settings(argv):
 
 def small_model(**changes):
     torch.manual_seed(0)
-    options = dict(hidden=32, outputs=16, groups=8, image_size=28, patch=4, **S.VITS["tiny"])
-    return S.SimFLE(S.Backbone(S.small_resnet(8)), **options | changes).to(DEVICE)
+    own = {k: changes.pop(k) for k in ("alpha", "beta", "t") if k in changes}
+    gfl = S.BYOL(S.Backbone(S.small_resnet(8)), 32, 16, changes.pop("tau", 0.99))
+    ffl = S.FaceMAE(64, **dict(groups=8, image_size=28, patch=4, **S.VITS["tiny"]) | changes)
+    return S.SimFLE(gfl, ffl, 32, 16, **own).to(DEVICE)
 
 
 def small_inputs(B=4, seed=0):
@@ -75,7 +78,7 @@ def test_eq1_is_the_squared_distance_of_unit_vectors():
 def test_eq1_is_added_in_both_orders_and_only_the_other_view_is_the_target():
     model = small_model().gfl
     v1, v2, _ = small_inputs()
-    loss, h1, h2, z1 = model(v1, v2)
+    loss, (h1, h2), z1 = model(v1, v2)
     online = [model.predictor(model.online(v)[0]) for v in (v1, v2)]
     target = [model.target(v)[0] for v in (v1, v2)]
     expected = (S.similarity_loss(online[0], target[1]) + S.similarity_loss(online[1], target[0]))
@@ -87,8 +90,8 @@ def test_eq1_is_added_in_both_orders_and_only_the_other_view_is_the_target():
 def test_views_are_normalised_apart():
     model = small_model().gfl
     v1, v2, _ = small_inputs()
-    h1 = model(v1, v2)[1]
-    torch.testing.assert_close(h1, model(v1, 5 * v2)[1])
+    h1 = model(v1, v2)[1][0]
+    torch.testing.assert_close(h1, model(v1, 5 * v2)[1][0])
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
@@ -222,7 +225,7 @@ def test_the_lowest_scores_are_masked_and_every_patch_is_kept_or_masked(patches,
 
 def test_u_picks_the_group_and_groups_are_drawn_where_it_is_missing():
     masking, C = S.SemanticMasking(4, 28, 4), seeded(4, 8, 4, 4)
-    a, _, _ = masking(C, torch.tensor([0.0, 0.26, 0.5, 0.999]))
+    a, _, _ = masking(C, torch.tensor([[0.0], [0.26], [0.5], [0.999]]))
     torch.testing.assert_close(a, masking.scores(C, torch.tensor([0, 1, 2, 3])))
     one = C[:1].expand(400, -1, -1, -1)
     drawn = masking(one)[0]
@@ -233,7 +236,7 @@ def test_u_picks_the_group_and_groups_are_drawn_where_it_is_missing():
 def test_bf16_does_not_change_a_mask():
     C = seeded(64, 8, 4, 4)
     masking, grouping = S.SemanticMasking(4, 28, 4), S.ChannelGrouping(8, 4)
-    u = torch.arange(64) / 64
+    u = torch.arange(64)[:, None] / 64
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = masking(grouping(C), u)
     assert under[0].dtype == torch.float32
@@ -312,7 +315,7 @@ def test_eq4_is_the_mean_squared_error_of_the_masked_patches(norm_pix):
     torch.manual_seed(0)
     ffl = S.FaceMAE(16, groups=4, kappa=0.0, image_size=28, patch=4, norm_pix=norm_pix,
                     **S.VITS["tiny"])
-    X, I, u = seeded(2, 16, 4, 4), seeded(2, 3, 28, 28), torch.tensor([0.1, 0.6])
+    X, I, u = seeded(2, 16, 4, 4), seeded(2, 3, 28, 28), torch.tensor([[0.1], [0.6]])
     L_r, tokens, *_ = ffl(X, I, u)
     _, keep, mask = ffl.masking(ffl.grouping(X), u)
     guess = ffl.mae.unpatchify(ffl.mae.decode(ffl.mae.encode(ffl.mae.patchify(I), keep), keep))
@@ -395,7 +398,7 @@ def test_eq5_is_the_divergence_from_a_constant_mean_times_t_squared():
 
 
 def test_eq6_weighs_the_losses():
-    parts = small_model(alpha=0.5, beta=0.2)(*small_inputs(), torch.full((4,), 0.3, device=DEVICE))
+    parts = small_model(alpha=0.5, beta=0.2)(*small_inputs(), torch.full((4, 1), 0.3, device=DEVICE))
     expected = parts["L_s"] + parts["L_r"] + 0.5 * parts["L_d"] + 0.2 * parts["L_g"]
     torch.testing.assert_close(parts["loss"].detach(), expected)
 
@@ -424,8 +427,8 @@ def test_the_table_of_who_trains_whom():
     fixed = {id(p) for p in (mae.position, mae.decoder_position)}
     assert {id(p) for p in trained} == {id(p) for p in model.parameters()} - fixed
     v1, v2, I = small_inputs()
-    u = torch.tensor([0.1, 0.4, 0.6, 0.9], device=DEVICE)
-    L_s, h1, h2, _ = model.gfl(v1, v2)
+    u = torch.tensor([[0.1], [0.4], [0.6], [0.9]], device=DEVICE)
+    L_s, (h1, h2), _ = model.gfl(v1, v2)
     with torch.no_grad():
         X, _ = model.backbone(I)
     L_r, tokens, L_g, *_ = model.ffl(X, I, u)
@@ -527,8 +530,9 @@ def test_part_1_pasted_into_an_empty_module_runs_and_knows_nothing_of_the_rest()
     names = {}
     exec(compile(imports + part, "pasted", "exec"), names)
     torch.manual_seed(0)
-    model = names["SimFLE"](names["Backbone"](names["small_resnet"](8)), hidden=8, outputs=4,
-                            groups=4, image_size=28, patch=4, **S.VITS["tiny"])
+    model = names["SimFLE"](names["BYOL"](names["Backbone"](names["small_resnet"](8)), 8, 4),
+                            names["FaceMAE"](64, groups=4, image_size=28, patch=4,
+                                             **S.VITS["tiny"]), hidden=8, outputs=4)
     model(*(x.cpu() for x in small_inputs()))["loss"].backward()
     for word in ("Settings", "World", "dist.", "Path", "cuda", "open(", "os.", "print"):
         assert not re.search(r"\b" + re.escape(word), part), word
@@ -897,7 +901,7 @@ def test_prepare_hands_each_view_its_own_crop_and_dice(toy):
         order = torch.randperm(4, generator=draw).tolist()
         dice = batch["dice"][:, 9 * i:9 * i + 9]
         assert torch.equal(v, S.augment(batch["views"][:, i], dice, order))
-    assert torch.equal(u, batch["dice"][:, 18])
+    assert torch.equal(u, batch["dice"][:, 18:])
     torch.testing.assert_close(I, TF.normalize(batch["image"] / 255, S.MEAN, S.STD))
 
 
@@ -920,14 +924,13 @@ def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
     class Keeps(nn.Module):
         groups, ratio = 4, 0.75
 
-        def __init__(self, scores):
+        def __init__(self, by):
             super().__init__()
-            self.scores = scores
+            self.by = by
 
-        def forward(self, C, u):
-            groups.add(round(u[0].item(), 3))
-            a = self.scores.expand(len(C), -1).to(C.device)
-            return a, *S.mask_lowest(a, self.ratio)
+        def scores(self, C, group):
+            groups.add(group[0].item())
+            return self.by.expand(len(C), -1).to(C.device)
 
     groups, noise = set(), torch.Generator().manual_seed(0)
     state = copy.deepcopy(model.state_dict())
@@ -937,7 +940,7 @@ def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
         got = S.measure_refinement(model, images, rounds=8)
         assert got["positions"] * sign > 0.3 and got["within_image"] * sign > 0.3
         assert [v > 0.5 for v in got["error_map"]] == hard.bool().tolist()
-    assert model.training and groups == {0.125, 0.375, 0.625, 0.875}
+    assert model.training and groups == {0, 1, 2, 3}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
@@ -1438,6 +1441,222 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
     assert {k.split("/")[1] for k in one if k.startswith("train")} == {
         "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
         "7_contempt"}
+
+
+# ---------------------------------------------------------------- Part IV: tables 3 and 4
+
+PAPER_GMAC = {  # Tables 3 and 4: (--ffl none, with FaceMAE)
+    "byol": (16.5, 20.1), "simsiam": (8.3, 11.9), "moco": (8.2, 11.8), "mocov2": (8.3, 11.8),
+    "simclr": (4.1, 7.7)}  # of SimCLR the paper counts one view
+
+
+@pytest.mark.parametrize("ffl", ["none", "semantic", "random", "direct"])
+@pytest.mark.parametrize("gfl", PAPER_GMAC)
+def test_every_row_of_tables_3_and_4_has_the_papers_arithmetic(gfl, ffl, monkeypatch):
+    if ffl in ("random", "direct") and gfl != "byol":
+        return  # rows c and b of Table 3 are BYOL's
+    args = ["--preset", "paper", "--gfl", gfl] + (
+        ["--connection", "direct"] if ffl == "direct" else ["--ffl", ffl])
+    monkeypatch.setattr(S, "full_precision", lambda x: contextlib.nullcontext())
+    with torch.device("meta"):  # shapes without numbers, and without autocast
+        model = S.build_model(settings(args))
+        v, I = torch.zeros(2, 3, 224, 224), torch.zeros(2, 3, 112, 112)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(v, v, I)
+        with FlopCounterMode(display=False) as view, torch.no_grad():
+            model.backbone(v)
+    gmac = (counter.get_total_flops() - (gfl == "simclr") * view.get_total_flops()) / 4e9
+    assert gmac == pytest.approx(PAPER_GMAC[gfl][ffl != "none"], rel=0.02)
+
+
+ROWS_OF_TABLES = [["--gfl", g, "--ffl", f] for g in ("byol", "simsiam", "moco", "mocov2", "simclr")
+                  for f in ("none", "semantic")] + [["--ffl", "random"], ["--connection", "direct"]]
+
+
+@pytest.mark.parametrize("row", ROWS_OF_TABLES, ids=" ".join)
+def test_every_row_trains_goes_on_and_leaves_a_backbone(row, toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--data", str(toy), *TINY, "--queue", "40", *row]
+    assert S.main(args + ["--steps", "10", "--name", "whole"]) == 0
+    ends = []
+    real = S.Run.save
+    monkeypatch.setattr(S.Run, "save", lambda self, place: (real(self, place), ends.append(place),
+                                                            stop() if len(ends) == 1 else None))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    assert S.main(args + ["--steps", "10", "--name", "parts"]) == 130
+    assert S.main(args + ["--steps", "10", "--name", "parts"]) == 0
+    one, two = (torch.load(f"runs/{n}/checkpoint.pt")["model"] for n in ("whole", "parts"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    missing, unexpected = S.small_resnet().load_state_dict(torch.load("runs/whole/backbone.pt"),
+                                                           strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    if "moco" in row:  # of 50 keys the queue holds 40, and its next place is 10
+        assert one["gfl.next"] == 5 * 12 % 40 or one["gfl.next"] == 10 * 12 % 40
+
+
+def gfl_of(name, **more):
+    torch.manual_seed(0)
+    s = settings([*TINY, "--gfl", name, *[str(a) for k, v in more.items() for a in (f"--{k}", v)]])
+    return S.GFLS[name](s, S.Backbone(S.small_resnet(8)), S.alone, lambda v: (v, S.alone))
+
+
+def test_simsiams_other_view_is_a_constant_and_its_loss_that_of_the_paper_plus_1():
+    gfl = gfl_of("simsiam")
+    v1, v2, _ = small_inputs()
+    L_s, hs, z1 = gfl(v1.cpu(), v2.cpu())
+    z2 = gfl.online(v2.cpu())[0]
+    p1, p2 = gfl.predictor(z1), gfl.predictor(z2)
+    D = [-F.cosine_similarity(p, z).mean() for p, z in ((p1, z2), (p2, z1))]
+    torch.testing.assert_close(L_s, 1 + (D[0] + D[1]) / 2)
+    # Only predictions carry gradient: with the predictor's output cut off, nothing is left.
+    weight = gfl.online.projector[0].weight
+    constant = [-F.cosine_similarity(p, z.detach()).mean() for p, z in ((p1, z2), (p2, z1))]
+    for a, b in zip(torch.autograd.grad(L_s, [weight], retain_graph=True),
+                    torch.autograd.grad((constant[0] + constant[1]) / 2, [weight])):
+        torch.testing.assert_close(a, b)
+    assert len(hs) == 2
+
+
+def test_nt_xent_is_the_double_loop():
+    z1, z2, t = seeded(5, 8), seeded(5, 8, seed=1), 0.3
+    views = [*z1, *z2]
+    total = 0.0
+    for i, a in enumerate(views):
+        others = {j: math.exp(F.cosine_similarity(a, b, dim=0).item() / t)
+                  for j, b in enumerate(views) if j != i}
+        total -= math.log(others[(i + 5) % 10] / sum(others.values()))
+    torch.testing.assert_close(S.nt_xent(z1, z2, t), torch.tensor(total / 10))
+
+
+def test_mocos_loss_is_that_of_finding_the_key_and_only_the_query_learns():
+    gfl = gfl_of("moco", queue=10)
+    v1, v2, _ = (x.cpu() for x in small_inputs())
+    L_s, hs, z1 = gfl(v1, v2)
+    q = F.normalize(z1, dim=1)
+    k = F.normalize(copy.deepcopy(gfl.target)(v2)[0], dim=1)
+    total = 0.0
+    for i in range(4):
+        positive = math.exp((q[i] @ k[i]).item() / 0.07)
+        negative = sum(math.exp((q[i] @ n).item() / 0.07) for n in gfl.queue)
+        total -= math.log(positive / (positive + negative))
+    torch.testing.assert_close(L_s, torch.tensor(total / 4), rtol=1e-4, atol=1e-4)
+    L_s.backward()
+    assert all(p.grad is None for p in gfl.target.parameters()) and len(hs) == 1
+    assert gfl.online.projector.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("batch", [3, 4, 10, 13])
+def test_mocos_queue_forgets_the_oldest_whatever_the_batch(batch):
+    gfl = gfl_of("moco", queue=10)
+    kept = list(gfl.queue)
+    for step in range(6):
+        gfl.keys = seeded(batch, gfl.queue.shape[1], seed=step)
+        gfl.update()
+        kept = (kept + list(gfl.keys))[-10:]  # oldest first
+        first = int(gfl.next)
+        now = [*gfl.queue[first:], *gfl.queue[:first]]
+        assert all(torch.equal(a, b) for a, b in zip(now, kept)), step
+
+
+def test_mocos_target_follows_by_its_own_inertia():
+    gfl = gfl_of("moco", tau=0.25)
+    with torch.no_grad():
+        gfl.online.projector.weight.add_(1.0)
+    before = gfl.target.projector.weight.clone()
+    gfl.keys = seeded(2, gfl.queue.shape[1])
+    gfl.update()
+    torch.testing.assert_close(gfl.target.projector.weight,
+                               0.25 * before + 0.75 * gfl.online.projector.weight)
+    assert settings(["--preset", "paper", "--gfl", "moco"]).tau == 0.999
+    assert settings(["--preset", "paper", "--gfl", "moco", "--tau", "0.5"]).tau == 0.5
+    assert settings(["--preset", "paper"]).tau == 0.99
+
+
+JOINED = """
+import sys
+from functools import partial
+import torch, torch.distributed as dist
+import simfle as S
+with S.processes() as world:
+    v1, v2, settings = torch.load(sys.argv[1])
+    result = {}
+    for name, s in settings.items():
+        torch.manual_seed(0)
+        s = S.Settings(**s)
+        gfl = S.GFLS[s.gfl](s, S.Backbone(S.small_resnet(8)), partial(S.gather, world),
+                            partial(S.deal, world)).eval()
+        n = len(v1) // world.size
+        mine = slice(world.rank * n, (world.rank + 1) * n)
+        L_s = gfl(v1[mine], v2[mine])[0]
+        L_s.backward()
+        grads = [p.grad for p in gfl.parameters() if p.grad is not None]
+        L_s = L_s.detach()
+        for t in [L_s, *grads] if world.size > 1 else []:
+            dist.all_reduce(t)
+            t /= world.size  # as DistributedDataParallel does
+        gfl.update()
+        queues = [gfl.queue] if "moco" in name else []
+        for q in queues if world.size > 1 else []:
+            others = [torch.empty_like(q) for _ in range(world.size)]
+            dist.all_gather(others, q)
+            assert all(torch.equal(q, o) for o in others)
+        result[name] = [L_s, *grads, *queues]
+    if world.first:
+        torch.save(result, sys.argv[2])
+    if world.size > 1:
+        order = torch.arange(8.0).reshape(4, 2)[2 * world.rank:2 * world.rank + 2]
+        mixed, back = S.deal(world, order)
+        assert mixed[:, 0].tolist() == [[0, 4], [2, 6]][world.rank]
+        assert torch.equal(back(mixed), order)
+"""
+
+
+def test_two_processes_have_the_loss_and_the_gradients_of_one_on_the_joined_batch(
+        tmp_path, monkeypatch):
+    (tmp_path / "joined.py").write_text(JOINED)
+    names = ("byol", "simsiam", "moco", "mocov2", "simclr")
+    torch.save([seeded(4, 3, 32, 32), seeded(4, 3, 32, 32, seed=1),
+                {n: asdict(settings([*TINY, "--gfl", n, "--queue", "6"])) for n in names}],
+               tmp_path / "in.pt")
+    monkeypatch.setattr(sys, "argv", ["joined.py", tmp_path / "in.pt", tmp_path / "one.pt"])
+    exec(compile(JOINED, "joined.py", "exec"), {})
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=2", tmp_path / "joined.py", tmp_path / "in.pt",
+                    tmp_path / "two.pt"], check=True, cwd=tmp_path,
+                   env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    results = [torch.load(tmp_path / name) for name in ("one.pt", "two.pt")]
+    for name in names:
+        one, two = (r[name] for r in results)
+        assert len(one) == len(two) > 5
+        for a, b in zip(one, two):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_direct_connection_trains_the_backbone_by_the_map_and_random_masking_does_not():
+    torch.manual_seed(0)
+    v1, v2, I = (x.cpu() for x in small_inputs())
+    for args, reached in ((["--connection", "direct"], True), (["--ffl", "random"], False)):
+        model = S.build_model(settings([*TINY, *args, "--alpha", "0"]))
+        model.gfl.forward = lambda v1, v2: (v1.sum() * 0, [model.backbone(v1)[1].detach()] * 2,
+                                            torch.zeros(4, 8))
+        out = model(v1.requires_grad_(), v2, I)
+        grads = torch.autograd.grad(out["loss"], list(model.backbone.parameters()),
+                                    allow_unused=True)
+        assert any(g is not None and g.abs().sum() > 0 for g in grads) == reached
+        assert ("L_d" in out) != reached
+
+
+def test_random_masks_come_from_u_alone_and_leave_no_gradient_to_the_scores():
+    masking, C = S.RandomMasking(4, 28, 4), seeded(3, 8, 4, 4).requires_grad_()
+    u = torch.rand(3, 49, generator=torch.Generator().manual_seed(0))
+    a, keep, mask = masking(C, u)
+    assert torch.equal(a, u) and not a.requires_grad and mask.sum(1).tolist() == [37] * 3
+    assert torch.equal(masking(C * 2, u)[2], mask)
+    counts = sum(1 - masking(C)[2] for _ in range(300)).sum(0)  # 900 masks keep 12 of 49
+    assert counts.min() > 150 and counts.max() < 300
 
 
 # ===== data/prepare.py =====
