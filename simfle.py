@@ -60,6 +60,8 @@ Map
                              4.1 Pre-training
     Part III: evaluation
     Part IV: other rows of the tables    Table 3: parts taken away · Table 4: other methods for GFL
+    Part V: figures          4.4 Drawing · 4.4 Masks and reconstructions · 4.4 Attention ·
+                             4.4 Numbers · 4.4 All of them
     main
 """
 
@@ -74,6 +76,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +86,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
@@ -778,6 +781,9 @@ class Settings:
     labels: float = setting(0.01, "share of the labels that --eval semi uses (B.2)")
     init: str = setting("", "start from random, imagenet or a file; none: the run (4.2)")
     oversample: bool = setting(False, "see every class equally often (Table 2)")
+    # Figures
+    figures: bool = setting(False, "draw a run's figures (4.4)")
+    compare: tuple = setting((), "other runs whose attention --figures shows (Fig. 1)")
     # Machine
     workers: int = setting(-1, "loading processes a process; -1: its share of the cores (ours)")
     sync_bn: bool = setting(False, "BatchNorm over all processes; GPUs only (ours)")
@@ -808,7 +814,7 @@ EVALUATIONS = {  # what the presets change of them
                "semi": dict(epochs=20, batch_size=64), "finetune": dict(epochs=10, batch_size=64)},
 }
 # What may differ between a checkpoint and the run that goes on from it.
-FREE = {"fresh", "name", "workers", "log_every", "compile"}
+FREE = {"fresh", "name", "workers", "log_every", "compile", "figures", "compare"}
 
 HERE = Path(__file__).resolve().parent
 # AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
@@ -832,7 +838,7 @@ def read_orders(argv: list[str] | None = None) -> dict:
                     allow_abbrev=False)
     for f in fields(Settings):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool)
-                else dict(type=type(f.default)))
+                else dict(nargs="+") if f.default == () else dict(type=type(f.default)))
         if f.name == "eval":
             kind |= dict(nargs="?", const="linear")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -2293,6 +2299,417 @@ GFLS = {
 }
 
 
+# ================================ Part V: figures ================================
+#
+# Every figure of the paper, drawn of a run, or with `--init random` of the same net untrained, on
+# held-out pictures of its own data or of another --data, labelled or not.
+
+
+# ===== 4.4 Drawing =====
+
+GAP, TOP, LINE = 6, 34, 18  # pixels between cells, above the first row, and of a line of text
+
+
+def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la"):
+    """Black text at a place; anchor as in Pillow."""
+    ImageDraw.Draw(picture).text((x, y), text, "black", ImageFont.load_default(size), anchor)
+
+
+def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Image:
+    """(h, w) numbers as a picture of squares: dark blue is low, yellow is high. (ours)"""
+    stops = torch.tensor([[40, 20, 90], [40, 90, 150], [40, 150, 140], [130, 200, 90],
+                          [250, 230, 60]]) / 255
+    t = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1) * (len(stops) - 1)
+    k = t.long().clamp(max=len(stops) - 2)
+    colour = torch.lerp(stops[k], stops[k + 1], (t - k)[..., None])
+    picture = TF.to_pil_image(rearrange(colour, "h w c -> c h w"))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def colour_scale(low: float, high: float, height: int) -> Image.Image:
+    """What the colours of `heat` mean."""
+    picture = Image.new("RGB", (64, height), "white")
+    picture.paste(heat(torch.linspace(1, 0, height)[:, None], 0, 1, 1).resize((12, height)), (4, 0))
+    for y, value, anchor in ((0, high, "la"), (height - 1, low, "ld")):
+        write(picture, 20, y, f"{value:.3g}", 12, anchor)
+    return picture
+
+
+def sheet(title: str, rows: list[list[Image.Image]], names: list[str], columns: list[str] = (),
+          captions: list[list[str]] = (), note: str = "") -> Image.Image:
+    """Pictures of one size in rows with names, columns with names, lines below each, and a note."""
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max(measure.textlength(n, ImageFont.load_default(13)) for n in names) + 2 * GAP
+    w, h = rows[0][0].size
+    lines = max((c.count("\n") + 1 for row in captions for c in row), default=0)
+    top, step = TOP + LINE * bool(columns), h + GAP + LINE * lines
+    wide = round(max(left + max(map(len, rows)) * (w + GAP), 640))
+    picture = Image.new("RGB", (wide, top + len(rows) * step + 2 * LINE * bool(note)), "white")
+    write(picture, GAP, GAP, title, 17)
+    for c, name in enumerate(columns):
+        write(picture, left + c * (w + GAP) + w / 2, TOP, name, anchor="ma")
+    for r, (name, row) in enumerate(zip(names, rows)):
+        write(picture, GAP, top + r * step + h / 2, name, anchor="lm")
+        for c, cell in enumerate(row):
+            x, y = round(left) + c * (w + GAP), top + r * step
+            picture.paste(cell, (x, y))
+            for i, line in enumerate(captions[r][c].split("\n") if captions else ()):
+                write(picture, x, y + h + i * LINE, line, 12)
+    write(picture, GAP, picture.height - LINE, note, 12)
+    return picture
+
+
+def plot(title: str, curves: dict[str, list[tuple[float, float]]], x_name: str,
+         size: tuple[int, int] = (460, 260)) -> Image.Image:
+    """Curves through points (x, y), with axes; of one name, with a dot at every point if few."""
+    picture, (W, H) = Image.new("RGB", size, "white"), size
+    draw, points = ImageDraw.Draw(picture), [p for c in curves.values() for p in c]
+    x0, x1, y0, y1 = (f(p[i] for p in points) for i in (0, 1) for f in (min, max))
+    y0, y1 = (y0, y1) if y1 > y0 else (y0 - 1, y1 + 1)
+    x1 = x1 if x1 > x0 else x0 + 1
+    left, right, top, bottom = 62, W - 16, TOP, H - 44 - LINE * (len(curves) > 1)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+
+    write(picture, GAP, GAP, title, 15)
+    for i in range(5):
+        y, x = y0 + i * (y1 - y0) / 4, x0 + i * (x1 - x0) / 4
+        draw.line([at(x0, y), at(x1, y)], "#dddddd")
+        write(picture, left - 5, at(x0, y)[1], f"{y:.3g}", 12, "rm")
+        write(picture, at(x, y0)[0], bottom + 4, f"{x:.4g}", 12, "ma")
+    write(picture, right, bottom + 20, x_name, 12, "ra")
+    for k, (name, curve) in enumerate(curves.items()):
+        colour = ("#1f5fa8", "#d1601f", "#2b8a4b", "#8a3fa0")[k % 4]
+        draw.line([at(*p) for p in curve], colour, 2)
+        for x, y in (at(*p) for p in curve if len(curve) <= 20):
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        if len(curves) > 1:
+            draw.line([(left + 200 * k, H - 10), (left + 24 + 200 * k, H - 10)], colour, 3)
+            write(picture, left + 30 + 200 * k, H - 10, name, 12, "lm")
+    return picture
+
+
+def below(pictures: list[Image.Image], across: int = 1) -> Image.Image:
+    """Pictures in a grid on white, `across` in a row."""
+    rows = [pictures[i:i + across] for i in range(0, len(pictures), across)]
+    whole = Image.new("RGB", (max(sum(p.width for p in r) for r in rows),
+                              sum(max(p.height for p in r) for r in rows)), "white")
+    y = 0
+    for row in rows:
+        x = 0
+        for p in row:
+            whole.paste(p, (x, y))
+            x += p.width
+        y += max(p.height for p in row)
+    return whole
+
+
+def shown(x: Tensor, side: int) -> Image.Image:
+    """(3, H, W) in [0, 1] as a picture, its pixels enlarged to about `side`."""
+    factor = max(1, round(side / x.shape[2]))
+    picture = TF.to_pil_image(x.clamp(0, 1).cpu())
+    return picture.resize((x.shape[2] * factor, x.shape[1] * factor), Image.Resampling.NEAREST)
+
+
+# ===== 4.4 Masks and reconstructions =====
+
+
+def mask_out(x: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """(B, 3, H, W) in [0, 1] with the masked patches grey. mask: (B, 49), 0 kept, 1 masked."""
+    grid = x.shape[2] // patch
+    whole = rearrange(mask, "b (h w) -> b 1 h w", h=grid)
+    whole = F.interpolate(whole, scale_factor=patch, mode="nearest")
+    return torch.where(whole > 0, 0.5, x)
+
+
+@torch.no_grad()
+def reconstruct(model: nn.Module, x: Tensor, group: Tensor, colours) -> tuple[Tensor, Tensor]:
+    """x (B, 3, 112, 112) in [0, 1], group (B,) -> mask (B, 49); what the autoencoder makes of what
+    is left, with the visible patches pasted back. (Fig. 4)
+
+    Where pixels were normalised patch by patch, each patch gets the original's mean and deviation
+    back: the network has guessed the pattern, not the light.
+    """
+    ffl, mae = model.ffl, model.ffl.mae
+    I = normalise(x, colours)  # noqa: E741
+    C = ffl.grouping(model.backbone(I)[0])
+    keep, mask = mask_lowest(ffl.masking.scores(C, group), ffl.masking.ratio)
+    patches = mae.patchify(I)
+    guess = mae.decode(mae.encode(patches, keep), keep)
+    if mae.norm_pix:
+        var, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        guess = guess * (var + PIXEL_EPS).sqrt() + mean
+    whole = mae.unpatchify(torch.where(mask[:, :, None] > 0, guess, patches))
+    mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in colours)
+    return mask, (whole * std + mean).clamp(0, 1)
+
+
+def figure_masks(model: nn.Module, x: Tensor, colours) -> Image.Image:
+    """Three faces masked by eight groups. (Fig. 4 a)"""
+    masking, rows = model.ffl.masking, []
+    groups = torch.arange(8) * masking.groups // 8
+    for face in x[:3]:
+        faces = face.expand(8, -1, -1, -1)
+        mask, _ = reconstruct(model, faces, groups, colours)
+        rows.append([shown(p, 112) for p in [face, *mask_out(faces, mask, masking.patch)]])
+    return sheet("What eight channel groups keep (Fig. 4 a)", rows, [""] * len(rows),
+                 ["original"] + [f"group {g}" for g in groups.tolist()],
+                 note=f"Grey patches are masked: the {mask[0].sum():.0f} of {mask.shape[1]} with "
+                      f"the lowest scores.")
+
+
+def figure_reconstructions(model: nn.Module, x: Tensor, colours) -> Image.Image:
+    """Original, masked, reconstructed. (Fig. 4 b)"""
+    masking = model.ffl.masking
+    mask, whole = reconstruct(model, x, torch.arange(len(x)) % masking.groups, colours)
+    rows = [[shown(p, 112) for p in row] for row in (x, mask_out(x, mask, masking.patch), whole)]
+    note = ("Visible patches are pasted back." + " The guess is each patch's pattern; its mean and "
+            "contrast are the original's." * model.ffl.mae.norm_pix)
+    return sheet("Reconstruction from what a group keeps (Fig. 4 b)", rows,
+                 ["original", "masked", "reconstructed"], note=note)
+
+
+def figure_refinement(records: list[dict]) -> Image.Image:
+    """Reconstruction error, keep frequency, and their correlation over the epochs. (Fig. 3)"""
+    few = [records[round(i)] for i in torch.linspace(0, len(records) - 1, min(8, len(records)))
+           .tolist()]
+    rows = []
+    for key in ("error_map", "keep_map"):
+        maps = torch.tensor([r["refinement"][key] for r in few])
+        maps = rearrange(maps, "n (h w) -> n h w", h=math.isqrt(maps.shape[1]))
+        low, high = maps.min().item(), maps.max().item()
+        rows.append([heat(m, low, high) for m in maps])
+        rows[-1].append(colour_scale(low, high, rows[-1][0].height))
+    curves = {name: [(r["epoch"], r["refinement"][key]) for r in records] for name, key in
+              (("over the positions", "positions"), ("within an image", "within_image"))}
+    return below([sheet("Does the masking keep what is hard? (Fig. 3)", rows,
+                        ["error, random masks", "kept by semantic masks"],
+                        [f"epoch {r['epoch']}" for r in few]),
+                  plot("correlation of error and keep frequency", curves, "epoch", (640, 260))])
+
+
+# ===== 4.4 Attention =====
+
+
+def grad_cam(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
+    """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM)
+
+    net: a torchvision ResNet in eval mode; x (B, 3, H, W) normalised; label (B,). Returns
+    (B, H, W) from 0 to 1: the last map's channels, each weighed by the mean of the gradient of the
+    class's logit with respect to it; what speaks against the class is cut off.
+    """
+    A = feature_map(net, x).detach().requires_grad_()
+    with torch.enable_grad():
+        logit = net.fc(A.mean(dim=(2, 3))).gather(1, label[:, None]).sum()
+    weight = torch.autograd.grad(logit, A)[0].mean(dim=(2, 3), keepdim=True)
+    cam = (weight * A).sum(dim=1, keepdim=True).relu().detach()
+    cam = F.interpolate(cam, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def small(x: Tensor, cam: Tensor | None = None) -> Image.Image:
+    """A face (3, H, W) in [0, 1] as a cell of a sheet, under its attention (H, W) if it has one."""
+    face = TF.to_pil_image(x).resize((112, 112))
+    return face if cam is None else Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
+
+
+class Classifier:
+    """A saved classifier, ready to predict. Raises Problem."""
+
+    def __init__(self, path: Path):
+        saved = load_file(path)
+        if "classes" not in saved:
+            raise Problem(f"{path} is no classifier of --eval; give one with --init.")
+        self.classes, self.size = saved["classes"], saved["size"]
+        self.colours = saved["mean"], saved["std"]
+        self.net = build_resnet(saved["arch"])
+        self.net.fc = nn.Linear(self.net.fc.in_features, len(self.classes))
+        self.net.load_state_dict(saved["model"])
+        self.net.eval()
+
+    def look(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in [0, 1], predictions (B,), attention for them (B, H, W)."""
+        x = torch.stack([TF.to_tensor(TF.resize(read_picture(p), [self.size] * 2)) for p in paths])
+        inputs = normalise(x, self.colours)
+        with torch.no_grad():
+            label = self.net.fc(feature_map(self.net, inputs).mean(dim=(2, 3))).argmax(dim=1)
+        return x, label, grad_cam(self.net, inputs, label)
+
+
+def find_classifier(s: Settings, name: str) -> Path | None:
+    """--init, or a run's classifier: of this data if there is one, and linear before others."""
+    if Path(s.init).is_file():
+        return Path(s.init)
+    data = Path(s.data).resolve().name
+    found = sorted(p for p in Path("runs", name).glob("*.pt")
+                   if p.name.startswith(tuple(PROTOCOLS)) and not p.stem.endswith("-random"))
+    return min(found, key=lambda p: (data not in p.stem, "linear" not in p.stem), default=None)
+
+
+def figure_attention(classifiers: dict[str, Classifier], pictures: list[tuple]) -> Image.Image:
+    """Grad-CAM for some pictures, a row for each run. (Figs. 1, 6, 8)"""
+    paths, rows, captions = [p for p, _ in pictures], [], []
+    for one in classifiers.values():
+        x, label, cam = one.look(paths)
+        if not rows:
+            rows.append([small(face) for face in x])
+            captions.append([f"is {true}" if true else "" for _, true in pictures])
+        rows.append([small(face, attention) for face, attention in zip(x, cam)])
+        captions.append([f"taken: {one.classes[k]}" for k in label.tolist()])
+    return sheet("Where the classifier looks (Grad-CAM; Figs. 1, 6, 8)", rows,
+                 ["picture", *classifiers], captions=captions,
+                 note="Yellow speaks most for the class it was taken for, dark blue not at all.")
+
+
+def figure_mistakes(one: Classifier, pictures: list[tuple], count: int = 16) -> Image.Image | None:
+    """Pictures taken for another class, with where the classifier looked. (Fig. 8 b)"""
+    cells, captions = [], []
+    for k in range(0, len(pictures), 64):
+        some = pictures[k:k + 64]
+        x, label, cam = one.look([p for p, _ in some])
+        for face, attention, guess, (_, true) in zip(x, cam, label.tolist(), some):
+            if true in one.classes and one.classes[guess] != true and len(cells) < 2 * count:
+                cells += [small(face), small(face, attention)]
+                captions += [f"is {true}", f"taken: {one.classes[guess]}"]
+        if len(cells) == 2 * count:
+            break
+    if not cells:
+        return None
+    starts = range(0, len(cells), 8)
+    return sheet("Taken for another class (Fig. 8 b)", [cells[i:i + 8] for i in starts],
+                 [""] * len(starts), captions=[captions[i:i + 8] for i in starts])
+
+
+# ===== 4.4 Numbers =====
+
+
+def figure_confusion(result: dict, name: str) -> Image.Image:
+    """Rows are what pictures are, columns what they were taken for, in percent. (Fig. 7)"""
+    matrix = torch.tensor(result["confusion"], dtype=torch.float)
+    share = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
+    classes, cell, left, top = list(result["per_class"]), 58, 130, 78
+    K = len(classes)
+    picture = Image.new("RGB", (left + K * cell + 80, top + K * cell + 2 * LINE), "white")
+    write(picture, GAP, GAP, f"Confusion matrix, {name} (Fig. 7)", 17)
+    write(picture, GAP, top - LINE, "is: / taken for:", 12)
+    picture.paste(heat(share, 0, 100, cell), (left, top))
+    picture.paste(colour_scale(0, 100, K * cell), (left + K * cell + GAP, top))
+    for i, row in enumerate(share.tolist()):
+        write(picture, GAP, top + (i + 0.5) * cell, classes[i], anchor="lm")
+        write(picture, left + (i + 0.5) * cell, top - LINE * (1 + i % 2), classes[i][:11], 12, "ma")
+        for j, value in enumerate(row):
+            ImageDraw.Draw(picture).text(
+                (left + (j + 0.5) * cell, top + (i + 0.5) * cell), f"{value:.1f}",
+                "black" if value > 60 else "white", ImageFont.load_default(14), "mm")
+    write(picture, GAP, picture.height - LINE, f"percent of each row; accuracy "
+          f"{result['accuracy']:.2f} %, mean of the classes {result['mean_accuracy']:.2f} %", 12)
+    return picture
+
+
+def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
+    """Linear accuracy against α or β, over the runs that differ in it and in nothing but seeds.
+
+    own: the settings of the run that is drawn. None where there is only one value. (Fig. 5)
+    """
+    points = {}
+    for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
+        settings = run_settings(path.parent.name)
+        if all(settings.get(k) == v for k, v in own.items() if k not in FREE | {key, "seed"}):
+            accuracy = json.loads(path.read_bytes())["accuracy"]
+            points.setdefault(settings.get(key), []).append(accuracy)
+    if len(points) < 2:
+        return None
+    curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
+    return plot(f"linear accuracy against {key}, % (Fig. 5)", {key: curve}, key)
+
+
+def figure_curves(records: list[dict]) -> Image.Image | None:
+    """What the log holds of every step, over the steps."""
+    steps = [r for r in records if "rate" in r]
+    keys = [k for k in (steps[0] if steps else ()) if k not in ("step", "epoch", "unreadable")]
+    return below([plot(k, {k: [(r["step"], r[k]) for r in steps]}, "step", (420, 220))
+                  for k in keys], across=2) if keys else None
+
+
+# ===== 4.4 All of them =====
+
+
+def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
+    """Held-out pictures with their classes, class after class in turn; else any, with None."""
+    folder = find_data(s.data)
+    if (folder / "val").is_dir():
+        classes, paths, labels = labelled_pictures(folder / "val")
+        order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
+        turn = Counter()
+        ranks = {}
+        for i in order:
+            ranks[i] = turn[labels[i]]
+            turn[labels[i]] += 1
+        order.sort(key=lambda i: (ranks[i], labels[i]))
+        return [(paths[i], classes[labels[i]]) for i in order[:count]]
+    return [(p, None) for p in find_pictures(folder)[:count]]
+
+
+def load_run(s: Settings) -> tuple[nn.Module, dict]:
+    """The model of run --name, or the same untrained, and its settings. Raises Problem."""
+    known = {f.name for f in fields(Settings)} - {"data", "name"}
+    old = {k: v for k, v in run_settings(s.name).items() if k in known}
+    path = Path("runs", s.name, "checkpoint.pt")
+    if s.init != "random" and not path.exists():
+        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/checkpoint.pt")))
+        raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose one "
+                      f"with --name, or draw an untrained net with --init random.")
+    model = build_model(replace(s, **old))
+    if s.init != "random":
+        try:
+            model.load_state_dict(load_file(path)["model"])
+        except (KeyError, RuntimeError) as error:
+            raise Problem(f"{path} does not fit its own log's settings "
+                          f"({' '.join(str(error).split())[:200]}); repeat that run.") from None
+    return model.eval(), replace(s, **old).__dict__
+
+
+def draw_figures(s: Settings) -> None:
+    """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
+    folder, data = Path("runs", s.name), Path(s.data).resolve().name
+    model, settings = load_run(s)
+    colours, pictures = colours_of(find_data(s.data)), some_pictures(s, 512)
+    drawn = {}
+    if model.ffl is not None:
+        size = [settings["ffl_size"]] * 2
+        x = torch.stack([TF.to_tensor(TF.resize(read_picture(p), size)) for p, _ in pictures[:8]])
+        drawn |= {"masks": figure_masks(model, x, colours),
+                  "reconstructions": figure_reconstructions(model, x, colours)}
+    if s.init != "random":
+        with open(folder / "log.jsonl") as file:
+            records = [json.loads(line) for line in file]
+        drawn["curves"] = figure_curves(records)
+        measured = [r for r in records if "refinement" in r]
+        drawn["refinement"] = figure_refinement(measured) if measured else None
+        for path in sorted(folder.glob("eval-*.json")):
+            name = path.stem.removeprefix("eval-")
+            drawn[f"confusion-{name}"] = figure_confusion(json.loads(path.read_bytes()), name)
+        own = {k: v for k, v in run_settings(s.name).items() if k != "data_name"}
+        for key in ("alpha", "beta"):
+            drawn[key] = figure_sweep(key, own, data)
+        classifiers = {name: Classifier(path) for name in (s.name, *s.compare)
+                       if (path := find_classifier(s, name))}
+        for name in {s.name, *s.compare} - classifiers.keys():
+            print(f"runs/{name} has no classifier, so its attention cannot be drawn; make one "
+                  f"with --eval.")
+        if classifiers:
+            drawn["attention"] = figure_attention(classifiers, pictures[:8])
+            drawn["mistakes"] = figure_mistakes(next(iter(classifiers.values())), pictures)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in drawn.items():
+        if picture is not None:
+            path = folder / "figures" / f"{name}{'-untrained' * (s.init == 'random')}.png"
+            write_whole(path, lambda file: picture.save(file, "PNG"))
+            print(path)
+
+
 # ================================ main ================================
 
 
@@ -2301,7 +2718,9 @@ def run(orders: dict) -> None:
     with processes() as world:
         s = agree(world, lambda: read_settings(orders))
         draw_toy_faces(s, world)
-        if s.eval:
+        if s.figures:
+            agree(world, lambda: draw_figures(s))
+        elif s.eval:
             evaluate(s, world)
         else:
             Pretraining(s, world).go()
@@ -2310,10 +2729,12 @@ def run(orders: dict) -> None:
 
 
 def compare_with_untrained(s: Settings, world: World) -> None:
-    """The demo's end: linear evaluation of the untrained and of the trained backbone."""
+    """The demo's end: linear evaluation of the untrained and the trained backbone, figures."""
     linear = replace(s, **as_linear(s))
     untrained, trained = (evaluate(replace(linear, init=init), world) for init in ("random", ""))
     if world.first:
+        for init in ("random", ""):
+            draw_figures(replace(s, init=init))
         print(f"Linear accuracy on {trained['images']} held-out toy faces of "
               f"{len(trained['per_class'])} expressions: {untrained['accuracy']:.1f} % with the "
               f"untrained backbone, {trained['accuracy']:.1f} % with the trained one.")

@@ -398,7 +398,8 @@ def test_eq5_is_the_divergence_from_a_constant_mean_times_t_squared():
 
 
 def test_eq6_weighs_the_losses():
-    parts = small_model(alpha=0.5, beta=0.2)(*small_inputs(), torch.full((4, 1), 0.3, device=DEVICE))
+    u = torch.full((4, 1), 0.3, device=DEVICE)
+    parts = small_model(alpha=0.5, beta=0.2)(*small_inputs(), u)
     expected = parts["L_s"] + parts["L_r"] + 0.5 * parts["L_d"] + 0.2 * parts["L_g"]
     torch.testing.assert_close(parts["loss"].detach(), expected)
 
@@ -1657,6 +1658,175 @@ def test_random_masks_come_from_u_alone_and_leave_no_gradient_to_the_scores():
     assert torch.equal(masking(C * 2, u)[2], mask)
     counts = sum(1 - masking(C)[2] for _ in range(300)).sum(0)  # 900 masks keep 12 of 49
     assert counts.min() > 150 and counts.max() < 300
+
+
+# ---------------------------------------------------------------- Part V: figures
+
+
+def cell(picture, row, column, like, columns=True, lines=0, left=12):
+    """The part of a sheet where that cell lies."""
+    w, h = like.size
+    x = left + column * (w + S.GAP)
+    y = S.TOP + S.LINE * columns + row * (h + S.GAP + S.LINE * lines)
+    return picture.crop((x, y, x + w, y + h))
+
+
+def same_picture(a, b):
+    return a.size == b.size and a.convert("RGB").tobytes() == b.convert("RGB").tobytes()
+
+
+def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals():
+    model = small_model().cpu().eval()
+    x = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    sheet = S.figure_masks(model, x, (S.MEAN, S.STD))
+    I = S.normalise(x)
+    C = model.ffl.grouping(model.backbone(I)[0])
+    for face in range(3):
+        original = S.shown(x[face], 112)
+        assert same_picture(cell(sheet, face, 0, original), original)
+        for column in range(8):  # eight groups, so group `column`
+            mask = model.ffl.masking(C, torch.full((3, 1), (column + 0.5) / 8))[2][face]
+            got = cell(sheet, face, 1 + column, original)
+            for i, masked in enumerate(mask.tolist()):
+                y, x0 = 16 * (i // 7), 16 * (i % 7)  # patches of 4 pixels, enlarged fourfold
+                box = (x0, y, x0 + 16, y + 16)
+                patch = got.crop(box)
+                if masked:
+                    assert patch.getextrema() == ((127, 127),) * 3
+                else:
+                    assert same_picture(patch, original.crop(box))
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_a_perfect_guess_is_drawn_as_the_original_and_only_masked_patches_are_guessed(norm_pix):
+    model = small_model(norm_pix=norm_pix).cpu().eval()
+    x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    group, mae = torch.arange(4), model.ffl.mae
+    mask, whole = S.reconstruct(model, x, group, (S.MEAN, S.STD))
+    kept = mae.unpatchify((1 - mask)[:, :, None].expand(-1, -1, 48)).bool()
+    torch.testing.assert_close(whole[kept], x[kept])
+    assert (whole - x)[~kept].abs().mean() > 0.05
+    mae.decode = lambda tokens, keep: mae.target(mae.patchify(S.normalise(x)))
+    torch.testing.assert_close(S.reconstruct(model, x, group, (S.MEAN, S.STD))[1], x, atol=1e-4,
+                               rtol=0)
+
+
+@pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 1)])
+def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, monkeypatch):
+    def one_quadrant(net, x):
+        A = F.avg_pool2d(x, 8).clone()  # (B, 3, 4, 4)
+        outside = torch.ones(4, 4)
+        outside[2 * row:2 * row + 2, 2 * column:2 * column + 2] = 0
+        A[:, 0] = A[:, 0] * (1 - outside)  # channel 0 sees the quadrant alone, channel 1 the rest
+        A[:, 1] = A[:, 1] * outside
+        return A
+
+    net = nn.Module()
+    net.fc = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.fc.weight.copy_(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]]))
+    monkeypatch.setattr(S, "feature_map", one_quadrant)
+    cam = S.grad_cam(net, torch.ones(2, 3, 32, 32), torch.tensor([0, 1]))
+    inside = torch.zeros(32, 32, dtype=torch.bool)
+    inside[16 * row:16 * row + 16, 16 * column:16 * column + 16] = True
+    for lit, share in ((cam[0], inside), (cam[1], ~inside)):
+        assert lit.amax() == 1 and lit[share].mean() > 5 * lit[~share].mean()
+
+
+def test_grad_cam_weighs_the_channels_by_the_gradient_of_the_logit():
+    torch.manual_seed(0)
+    net, x = S.small_resnet(8).eval(), seeded(2, 3, 32, 32)
+    net.fc = nn.Linear(64, 3)
+    label = torch.tensor([2, 1])
+    A = S.feature_map(net, x)  # behind a mean, the gradient is the head's own weight
+    expected = torch.einsum("bk,bkhw->bhw", net.fc.weight[label], A).relu()[:, None]
+    expected = F.interpolate(expected, (32, 32), mode="bilinear")[:, 0]
+    torch.testing.assert_close(S.grad_cam(net, x, label),
+                               (expected / expected.amax((1, 2), keepdim=True)).detach())
+
+
+class Texts:
+    """Collects what is written into pictures, and where."""
+
+    def __init__(self, monkeypatch):
+        self.all, real = [], S.ImageDraw.ImageDraw.text
+        monkeypatch.setattr(S.ImageDraw.ImageDraw, "text", lambda draw, xy, text, *a, **k: (
+            self.all.append((text, xy)), real(draw, xy, text, *a, **k))[1])
+
+    def at(self, text):
+        return [xy for t, xy in self.all if t == text]
+
+
+def test_the_cells_of_a_confusion_matrix_hold_its_numbers(monkeypatch):
+    texts = Texts(monkeypatch)
+    result = S.summary(torch.tensor([[6, 2, 0], [1, 8, 1], [0, 3, 1]]), ["0_a", "1_b", "2_c"])
+    picture = S.figure_confusion(result, "linear-x")
+    for i, row in enumerate([[75.0, 25.0, 0.0], [10.0, 80.0, 10.0], [0.0, 75.0, 25.0]]):
+        for j, value in enumerate(row):
+            x, y = 130 + (j + 0.5) * 58, 78 + (i + 0.5) * 58
+            assert (x, y) in texts.at(f"{value:.1f}")
+            colour = S.heat(torch.tensor([[value]]), 0, 100).getpixel((0, 0))
+            assert picture.getpixel((int(x - 25), int(y - 25))) == colour
+    words = " ".join(t for t, _ in texts.all)
+    assert "accuracy 68.18 %" in words and "0_a" in words and "linear-x" in words
+
+
+def test_heat_rises_with_the_number_and_fig3_shows_the_maps_of_the_log():
+    greys = [S.heat(torch.tensor([[v]]), 0, 1).convert("L").getpixel((0, 0))
+             for v in torch.linspace(0, 1, 20).tolist()]
+    assert greys == sorted(greys) and greys[0] < 60 and greys[-1] > 200
+    maps = [torch.rand(49, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    records = [dict(epoch=e + 1, refinement=dict(
+        error_map=maps[e].tolist(), keep_map=maps[3 + e].tolist(), positions=0.1 * e,
+        within_image=0.2)) for e in range(3)]
+    picture, low, high = S.figure_refinement(records), 1, 0
+    like = Image.new("RGB", (112, 112))
+    measure = S.ImageDraw.Draw(like).textlength("kept by semantic masks",
+                                                S.ImageFont.load_default(13))
+    for row in range(2):
+        some = torch.stack(maps[3 * row:3 * row + 3])
+        low, high = some.min().item(), some.max().item()
+        for e in range(3):
+            expected = S.heat(some[e].reshape(7, 7), low, high)
+            got = cell(picture, row, e, like, left=round(measure + 2 * S.GAP))
+            assert same_picture(got, expected)
+
+
+def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = {k: v for k, v in asdict(S.Settings(data="faces")).items() if k not in S.FREE}
+    for name, more, accuracy in (("a", dict(alpha=0.2), 40.0), ("b", dict(alpha=0.3), 44.0),
+                                 ("c", dict(alpha=0.3, seed=1), 46.0),
+                                 ("d", dict(alpha=0.5, beta=0.3), 90.0)):
+        text(tmp_path / f"runs/{name}/log.jsonl", json.dumps({"settings": base | more}) + "\n")
+        text(tmp_path / f"runs/{name}/eval-linear-faces.json", json.dumps(dict(accuracy=accuracy)))
+    seen = {}
+    monkeypatch.setattr(S, "plot", lambda title, curves, x: seen.update(curves))
+    S.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
+    assert seen == {"alpha": [(0.2, 40.0), (0.3, 45.0)]}
+    assert S.figure_sweep("beta", base | dict(alpha=0.2), "faces") is None
+
+
+def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_path, monkeypatch,
+                                                                  capsys):
+    args = ["--data", "colours", "--eval", *EVAL, "--epochs", "1", "--batch-size", "8", "--fresh"]
+    assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
+    folder = trained / "runs/colours/figures"
+    assert in_process("--data", "colours", "--figures", "--compare", "colours", "nobody",
+                      cwd=trained, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "runs/nobody has no classifier" in out
+    names = {p.stem for p in folder.glob("*.png")}
+    assert names >= {"masks", "reconstructions", "curves", "confusion-linear-colours", "attention"}
+    assert in_process("--data", "colours", "--figures", "--init", "random", cwd=trained,
+                      monkeypatch=monkeypatch) == 0
+    untrained, own = (Image.open(folder / f"masks{x}.png") for x in ("-untrained", ""))
+    assert untrained.size == own.size and not same_picture(untrained, own)
+    for i in range(3):
+        put(trained / f"mine/deep/{i}.png", (40, 30))
+    assert in_process("--data", "mine", "--name", "colours", "--figures", cwd=trained,
+                      monkeypatch=monkeypatch) == 0
+    assert "colours" in complaint(["--data", "mine", "--figures"], trained, monkeypatch, capsys)
 
 
 # ===== data/prepare.py =====
