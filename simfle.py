@@ -72,6 +72,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +82,11 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 import torch.distributed as dist
@@ -788,6 +795,7 @@ class Settings:
     workers: int = setting(-1, "loading processes a process; -1: its share of the cores (ours)")
     sync_bn: bool = setting(False, "BatchNorm over all processes; GPUs only (ours)")
     compile: bool = setting(False, "torch.compile the step (ours)")
+    save_every: int = setting(0, "steps between checkpoints within an epoch; 0: at its end (ours)")
     log_every: int = setting(20, "steps between two lines of log.jsonl, which holds means (ours)")
 
 
@@ -814,7 +822,7 @@ EVALUATIONS = {  # what the presets change of them
                "semi": dict(epochs=20, batch_size=64), "finetune": dict(epochs=10, batch_size=64)},
 }
 # What may differ between a checkpoint and the run that goes on from it.
-FREE = {"fresh", "name", "workers", "log_every", "compile", "figures", "compare"}
+FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare"}
 
 HERE = Path(__file__).resolve().parent
 # AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
@@ -823,6 +831,10 @@ MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 class Problem(Exception):
     """Something a user can mend. Its text is one sentence: what, where, what to do."""
+
+
+class Stopped(Exception):
+    """A run that was told to stop, has saved its place and ends."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -889,7 +901,8 @@ def check_settings(s: Settings) -> None:
                  "patch", "queue", "log_every", "lr", "temperature"):
         if not getattr(s, name) > 0:
             raise Problem(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}.")
-    for name in ("steps", "momentum", "weight_decay", "mask_gradient", "alpha", "beta"):
+    for name in ("steps", "save_every", "momentum", "weight_decay", "mask_gradient", "alpha",
+                 "beta"):
         if not getattr(s, name) >= 0:
             raise Problem(f"--{name.replace('_', '-')} must not be negative.")
     if not (0 < s.mask_ratio < 1 and 0 <= s.tau <= 1 and 0 < s.crop_min <= 1):
@@ -1287,7 +1300,11 @@ def processes():
     if "RANK" not in os.environ:
         yield World(rank, size, device, local_size)
         return
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    # After `torchrun --max-restarts` the store still holds the addresses of those that have died.
+    store, *_ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
+                            device_id=device if cuda else None)
     yield World(rank, size, device, local_size)
     # Not in a `finally`: where one process failed, waiting for the others to say goodbye would
     # hang.
@@ -1349,6 +1366,20 @@ def write_whole(path: Path, write) -> None:
             part.unlink(missing_ok=True)
         raise Problem(f"{path} could not be written ({error}); what stood there before is intact: "
                       f"make room or mend the disk, and start the same command again.") from None
+
+
+def keep_others_away(path: Path):
+    """A lock that holds as long as its file is open and this process lives. Raises Problem."""
+    file = open(path, "a")
+    try:
+        # A lock of this process alone: its loading processes do not inherit it, so that it is gone
+        # the moment the process is, even by SIGKILL. (Windows has none of the kind.)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
+    except OSError:
+        file.close()
+        raise Problem(f"another run is at work on {path.with_suffix('.pt')}; let it end, or give "
+                      f"this one another name with --name.") from None
+    return file
 
 
 def load_file(path: Path) -> dict:
@@ -1492,22 +1523,45 @@ class Log:
     def __init__(self, path: Path, active: bool):
         self.path, self.active, self.sums, self.count = path, active, {}, 0
 
-    def add(self, step: int, epoch: int, rate: float, values: dict[str, float], every: int) -> None:
-        """Adds a step's values; every so many steps their means are written."""
+    def add(self, step: int, epoch: int, rate: float, values: dict[str, float], due: bool) -> None:
+        """Adds a step's values; where a line is due, the means since the last one are written."""
         self.sums = {k: self.sums.get(k, 0.0) + v for k, v in values.items()}
         self.count += 1
-        if step % every == 0:
+        if due:
             means = {k: float(f"{v / self.count:.6g}") for k, v in self.sums.items()}
             self.write(dict(step=step, epoch=epoch + 1, rate=float(f"{rate:.6g}")) | means)
             self.sums, self.count = {}, 0
 
     def write(self, record: dict) -> None:
+        """Raises Problem where the disk does."""
         if self.active:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise Problem(f"{self.path} could not be written ({error}); make room, and start "
+                              f"the same command again: it goes on.") from None
+
+    def state(self) -> dict:
+        """What a checkpoint needs, so that a run that goes on writes the log of one that did not
+        stop."""
+        return dict(bytes=self.path.stat().st_size, sums=self.sums, count=self.count)
+
+    def restore(self, state: dict) -> None:
+        """Cuts off what was written after the checkpoint."""
+        self.path.touch()
+        os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
+        self.sums, self.count = state["sums"], state["count"]
 
 
 # ===== 4.1 The loop =====
+
+
+def leave_signals(worker: int) -> None:
+    """Loading processes end with their parent: a cluster's SIGTERM, which reaches all, is for it,
+    and so is a Ctrl-C."""
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, signal.SIG_IGN)
 
 
 class Run:
@@ -1521,6 +1575,7 @@ class Run:
     shown: tuple[str, ...]  # what of a step's values the status line shows
     ignored = frozenset()  # settings that mean nothing to this kind of run
     partial = False  # whether an epoch's last, smaller batch is used
+    told_to_stop = False
     forgiving = True  # whether one unreadable picture in a hundred is stepped over, in each epoch
 
     def __init__(self, s: Settings, world: World, faces: Dataset, model: nn.Module,
@@ -1540,7 +1595,7 @@ class Run:
         if len(faces) < batch and not self.partial:
             raise Problem(f"{find_data(s.data)} has {len(faces)} pictures to train on, fewer than "
                           f"a batch of {batch}; lower --batch-size or add pictures.")
-        self.rate = s.lr * batch / 256
+        self.rate, self.share = s.lr * batch / 256, batch // world.size
         self.model = model.to(world.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad],
                                          lr=self.rate, momentum=s.momentum,
@@ -1559,6 +1614,7 @@ class Run:
     def resume(self) -> tuple[int, int]:
         """The place to go on from: the checkpoint's, if there is one. Raises Problem."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = keep_others_away(self.checkpoint.with_suffix(".lock"))
         if self.s.fresh:  # gone at once: a new log beside an old checkpoint would deceive
             self.checkpoint.unlink(missing_ok=True)
             if not self.s.eval:
@@ -1568,20 +1624,22 @@ class Run:
             self.log.write({"settings": self.settings})
             return 0, 0
         saved = load_file(self.checkpoint)
-        if not saved.keys() >= {"settings", "model", "optimizer", "place", "log_bytes"}:
+        if not saved.keys() >= {"settings", "model", "optimizer", "place", "share", "log"}:
             raise Problem(f"{self.checkpoint} is no checkpoint of this program; move it away "
                           f"or start over with --fresh.")
         same_settings(self.checkpoint, saved["settings"], self.settings)
         load_state(self.checkpoint, saved, self.model, self.optimizer)
-        self.log.path.touch()
-        os.truncate(self.log.path, min(saved["log_bytes"], self.log.path.stat().st_size))
+        self.log.restore(saved["log"])
+        if saved["share"] != self.share:
+            print(f"simfle: each process now sees {self.share} images of a step, where it saw "
+                  f"{saved['share']}; BatchNorm's statistics are of that many.", flush=True)
         return tuple(saved["place"])
 
     def save(self, place: tuple[int, int]) -> None:
         """Writes the checkpoint: process 0 alone. Raises Problem."""
         state = dict(settings=self.settings, place=list(place), model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(),
-                     log_bytes=self.log.path.stat().st_size)
+                     optimizer=self.optimizer.state_dict(), share=self.share,
+                     log=self.log.state())
         write_whole(self.checkpoint, lambda file: torch.save(state, file))
 
     def wrap(self) -> nn.Module:
@@ -1635,29 +1693,36 @@ class Run:
                    else max(1, cores // self.world.local_size))
         return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                           pin_memory=self.world.device.type == "cuda",
-                          prefetch_factor=4 if workers else None)
+                          prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
 
     def step(self, batch: dict[str, Tensor], place: tuple[int, int], rate: float) -> dict:
-        """One step. Returns what `losses` does as numbers: means over all processes, but for
-        `unreadable`, a sum.
+        """One step. Returns what `losses` does as numbers: means over all processes; and
+        `gradient`, its norm, and as sums `unreadable` and `stop`, the processes told to stop.
 
-        Raises Problem, in every process and before any weight moves, for a loss that is not finite.
+        Raises Problem, in every process and before any weight moves, for a loss or a gradient that
+        is not finite.
         """
         batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
         with self.mixed_precision():  # departure 14
             parts = self.losses(batch, place)
         parts["loss"].backward()
+        gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
+        parts["gradient"] = torch.stack(torch._foreach_norm(gradients)).norm()
         parts["unreadable"] = batch["unreadable"].sum() * self.world.size
+        parts["stop"] = torch.full_like(parts["gradient"], self.told_to_stop * self.world.size)
         # The one place where the host waits for the device, and processes for each other beside
         # DDP's own sums. A NaN anywhere is a NaN in the sum, everywhere.
         values = torch.stack([v.detach().float() for v in parts.values()])
         if self.world.size > 1:
             dist.all_reduce(values)
         values = dict(zip(parts, (values / self.world.size).tolist()))
-        if not math.isfinite(values["loss"]):
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k in self.shown)
-            raise Problem(f"the loss is not finite in epoch {place[0] + 1} ({shown}), so no step "
-                          f"was taken and the last checkpoint is good; a lower --lr may help.")
+        if not math.isfinite(values["loss"] + values["gradient"]):
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items()
+                              if k in (*self.shown, "gradient"))
+            step = self.batches.step(*place) + 1
+            raise Problem(f"loss or gradient is not finite in step {step} of epoch {place[0] + 1} "
+                          f"({shown}), so it was not taken and the last checkpoint is good; a "
+                          f"lower --lr may help.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -1682,6 +1747,7 @@ class Run:
         step = batches.step(batches.epoch, batches.done)
         self.greet(step)
         unreadable = 0.0
+        before_us = signal.signal(signal.SIGTERM, self.stop)
         loading = iter(self.loader(self.faces, batches))
         self.wrapped.train(self.model.training)
         status.start(step)
@@ -1694,15 +1760,27 @@ class Run:
             step, status.images = step + 1, status.images + batches.batch
             unreadable = values.pop("unreadable") + (unreadable if done else 0)
             self.check_pictures(self.faces, batch, unreadable)
-            self.log.add(step, epoch, rate, values, self.s.log_every)
+            stop, last = values.pop("stop") > 0, step == batches.total
+            self.log.add(step, epoch, rate, values, step % self.s.log_every == 0 or last)
             if status.due(step):
                 status.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  "
                             + "  ".join(f"{k} {values[k]:.3f}" for k in self.shown
                                         if k in values))
             done += batches.batch
-            if world.first and (batches.ends(done) or step == batches.total):
+            ends = batches.ends(done) or last
+            if ends and world.first:
                 self.epoch_ends(epoch, step)
+            if world.first and (ends or stop or self.s.save_every and not
+                                step % self.s.save_every):
                 self.save((epoch, done))
+            if stop and not last:
+                raise Stopped(f"stopped after step {step:,} of {batches.total:,}; the same command "
+                              f"goes on from there.")
+        signal.signal(signal.SIGTERM, before_us)
+
+    def stop(self, *_) -> None:
+        """A cluster takes the machine back (SIGTERM): all processes end after the same step."""
+        self.told_to_stop = True
 
     def greet(self, step: int) -> None:
         batches, world = self.batches, self.world
@@ -2741,15 +2819,29 @@ def compare_with_untrained(s: Settings, world: World) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a Problem, which each machine's first process tells."""
+    """Returns the exit code: 0; 2 after a Problem, which each machine's first process tells; 130
+    and 143 when it was told to stop; 1 when another process has failed."""
+    def tell(problem: Exception | str) -> None:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
+            print(f"\nsimfle: {problem}", file=sys.stderr, flush=True)
+
     try:
         run(read_orders(argv))
     except Problem as problem:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
-            print(f"\nsimfle: {problem}", file=sys.stderr, flush=True)
+        tell(problem)
         return 2
+    except Stopped as stopped:
+        tell(stopped)
+        return 143
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if not dist.is_initialized() or not re.search("closed|reset|peer|timed out", str(error),
+                                                      re.IGNORECASE):
+            raise
+        print(f"\nsimfle: process {dist.get_rank()} ends, because another one has ended; the same "
+              f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

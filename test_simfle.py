@@ -14,6 +14,9 @@ import os
 import re
 import subprocess
 import sys
+import time
+import warnings
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +34,15 @@ import simfle as S
 HERE = Path(__file__).resolve().parent
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
         "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1"]
+warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)
+
+
+def slow(test):
+    """For tests that run with `-m slow` alone."""
+    skip = pytest.mark.skipif("'slow' not in config.option.markexpr", reason="runs with -m slow")
+    return pytest.mark.slow(skip(test))
+
+
 torch.set_num_threads(1)  # tiny nets: a second thread would cost more than it does
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -1393,7 +1405,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(toy, tmp_path, m
     monkeypatch.setattr(S.Run, "go", lambda self: (runs.append(self), go(self))[1])
     monkeypatch.setattr(S, "prepare", broken)
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 2
-    assert "the loss is not finite in epoch 2 (L_s nan" in capsys.readouterr().err
+    assert "not finite in step 7 of epoch 2 (L_s nan" in capsys.readouterr().err
     assert all(p.isfinite().all() for p in runs[0].model.parameters())  # no step was taken
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)
     assert saved["place"] == [0, 60]
@@ -1827,6 +1839,260 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert in_process("--data", "mine", "--name", "colours", "--figures", cwd=trained,
                       monkeypatch=monkeypatch) == 0
     assert "colours" in complaint(["--data", "mine", "--figures"], trained, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------- Faults
+
+FAULT = """
+import os, signal, sys
+import simfle as S
+rank, where, when = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+count = 0
+def die(now):
+    global count
+    count += 1
+    if count == when:
+        now()
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+step, save, replace = S.Run.step, S.torch.save, S.Path.replace
+first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+if first and rank == int(os.environ.get("RANK", 0)):
+    if where == "step":
+        S.Run.step = lambda *a: (die(kill), step(*a))[1]
+    if where == "write":  # half of a checkpoint is on disk
+        def half(state, file):
+            save(state, file)
+            file.flush()
+            die(lambda: (os.truncate(file.fileno(), file.tell() // 2), kill()))
+        S.torch.save = half
+    if where == "replace":
+        S.Path.replace = lambda *a: (die(kill), replace(*a))[1]
+    if where == "nan":
+        prepare = S.prepare
+        def poisoned(*a):
+            v1, *rest = prepare(*a)
+            die(lambda: v1.fill_(float("nan")))
+            return (v1, *rest)
+        S.prepare = poisoned
+    if where == "sleep":
+        S.Run.step = lambda *a: (__import__("time").sleep(0.3), step(*a))[1]
+sys.exit(S.main(sys.argv[4:]))
+"""
+
+
+def start_faulty(where, when, args, cwd, processes=0, rank=0, torchrun=(), **how):
+    (cwd / "faulty.py").write_text(FAULT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", *torchrun,
+              f"--nproc_per_node={processes}"] if processes else [sys.executable]
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(HERE))
+    return subprocess.Popen([*launch, "faulty.py", str(rank), where, str(when), *map(str, args)],
+                            cwd=cwd, env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, **how)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(toy, tmp_path_factory):
+    """Runs of two epochs that nothing disturbed, by number of processes."""
+    made = {}
+
+    def make(processes=0):
+        if processes not in made:
+            cwd = tmp_path_factory.mktemp("whole")
+            one = start_faulty("nowhere", 0, faulty_args(toy), cwd, processes)
+            out, err = one.communicate()
+            assert one.returncode == 0, err
+            made[processes] = cwd / "runs/r"
+        return made[processes]
+    return make
+
+
+def faulty_args(toy):
+    return ["--data", toy, *TINY, "--epochs", "2", "--save-every", "2", "--name", "r"]
+
+
+def goes_on_equal(toy, cwd, whole, monkeypatch):
+    assert in_process(*faulty_args(toy), cwd=cwd, monkeypatch=monkeypatch) == 0
+    assert same_state(whole, cwd / "runs/r")
+    assert records(whole)[1:] == records(cwd / "runs/r")[1:]
+    assert not list(cwd.rglob("*.part"))
+
+
+@pytest.mark.parametrize("where, when", [
+    ("step", 4), ("write", 3)] + [pytest.param(w, k, marks=pytest.mark.slow) for w, k in (
+        ("step", 1), ("step", 6), ("step", 7), ("step", 10), ("write", 1), ("write", 2),
+        ("write", 4), ("replace", 1), ("replace", 2), ("replace", 3), ("replace", 4))])
+def test_a_killed_run_goes_on_and_ends_bit_equal(where, when, toy, tmp_path, monkeypatch, request,
+                                                 uninterrupted):
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("runs with -m slow")
+    killed = start_faulty(where, when, faulty_args(toy), tmp_path)
+    killed.communicate()
+    assert killed.returncode == -9
+    goes_on_equal(toy, tmp_path, uninterrupted(), monkeypatch)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_others_and_a_restart_brings_the_run_back(
+        processes, toy, tmp_path, request, uninterrupted):
+    if processes == 3 and "slow" not in request.config.option.markexpr:
+        pytest.skip("runs with -m slow")
+    one = start_faulty("step", 8, faulty_args(toy), tmp_path, processes, rank=1,
+                       torchrun=["--max-restarts=1"])
+    out, err = one.communicate(timeout=120)
+    assert one.returncode == 0, out + err
+    assert out.count("goes on after step 6") == 1
+    assert "process 0 ends, because another one has ended" in err
+    assert same_state(uninterrupted(processes), tmp_path / "runs/r")
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_step(toy, tmp_path,
+                                                                            uninterrupted):
+    one = start_faulty("nan", 4, faulty_args(toy), tmp_path, 2, rank=1)
+    out, err = one.communicate(timeout=120)
+    assert one.returncode != 0 and err.count("not finite in step 4 of epoch 1 (L_s nan") == 1
+    saved = torch.load(tmp_path / "runs/r/checkpoint.pt")
+    assert saved["place"] == [0, 24] and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run_too(toy, tmp_path,
+                                                                             monkeypatch, capsys):
+    real = S.Pretraining.losses
+
+    def losses(self, batch, place):
+        parts = real(self, batch, place)
+        if place == (0, 24):  # the root's slope at 0 is infinite
+            nothing = next(p for p in self.model.parameters() if p.requires_grad).sum() * 0
+            parts["loss"] = parts["loss"] + nothing.sqrt()
+        return parts
+
+    monkeypatch.setattr(S.Pretraining, "losses", losses)
+    error = complaint(faulty_args(toy), tmp_path, monkeypatch, capsys)
+    assert "step 3 of epoch 1" in error and "gradient nan" in error
+    saved = torch.load(tmp_path / "runs/r/checkpoint.pt")["model"]
+    assert all(v.isfinite().all() for v in saved.values())
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_sigterm_ends_all_after_one_step_and_nothing_is_lost(processes, toy, tmp_path, monkeypatch,
+                                                             uninterrupted):
+    one = start_faulty("sleep", 0, faulty_args(toy), tmp_path, processes)
+    while "step 1/10" not in (line := one.stdout.readline()):
+        assert line, one.stderr.read()
+    start = time.perf_counter()
+    one.terminate()  # torchrun, or the process itself
+    out, err = one.communicate(timeout=60)
+    assert time.perf_counter() - start < 30 and one.returncode != 0
+    step = int(re.search(r"stopped after step (\d+) of 10", err)[1])
+    assert 1 <= step < 10 and (processes or one.returncode == 143)
+    saved = torch.load(tmp_path / "runs/r/checkpoint.pt")
+    assert saved["place"] == [(step - 1) // 5, 12 * ((step - 1) % 5 + 1)]
+    if processes == 0:
+        goes_on_equal(toy, tmp_path, uninterrupted(), monkeypatch)
+
+
+def test_another_number_of_processes_takes_the_rest_of_an_epoch_once():
+    images, done = 100, 36
+    order = S.Batches(images, 12, 99, seed=3).order(0)
+    for world, batch in ((2, 12), (3, 12), (5, 10), (7, 7)):
+        seen = []
+        steps = [list(S.Batches(images, batch, 99, 3, rank, world, 0, done)) for rank in
+                 range(world)]
+        left = (images - done) // batch
+        for k in range(left):
+            seen += [index for process in steps for epoch, index, _ in process[k] if epoch == 0]
+        assert seen == order[done:done + left * batch]
+        assert all(epoch == 1 for process in steps for epoch, *_ in process[left])
+
+
+def test_a_run_that_goes_on_with_another_share_says_so(toy, tmp_path, monkeypatch, capsys):
+    args = ["--data", toy, *TINY, "--epochs", "1", "--name", "r", "--save-every", "2"]
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    saved = torch.load(tmp_path / "runs/r/checkpoint.pt")
+    torch.save(saved | {"place": [0, 24], "share": 6}, tmp_path / "runs/r/checkpoint.pt")
+    capsys.readouterr()
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "sees 12 images of a step, where it saw 6" in out and "goes on after step 2" in out
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(toy, tmp_path, monkeypatch,
+                                                           uninterrupted):
+    import resource
+
+    args = faulty_args(toy)
+    killed = start_faulty("step", 4, args, tmp_path)
+    killed.communicate()
+    before = (tmp_path / "runs/r/checkpoint.pt").read_bytes()
+    size = len(before) // 2
+    full = start_faulty("nowhere", 0, args, tmp_path, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size, size)))
+    out, err = full.communicate()
+    assert full.returncode == 2 and "could not be written" in err and "Traceback" not in err
+    assert (tmp_path / "runs/r/checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+    assert len(list((tmp_path / "runs/r").glob("checkpoint*.pt"))) == 1
+    goes_on_equal(toy, tmp_path, uninterrupted(), monkeypatch)
+
+
+def test_a_second_run_in_the_same_folder_says_so_and_leaves_it_alone(toy, tmp_path, monkeypatch,
+                                                                     capsys):
+    one = start_faulty("sleep", 0, faulty_args(toy), tmp_path)
+    while "step 1/10" not in one.stdout.readline():
+        assert one.poll() is None
+    error = complaint(faulty_args(toy) + ["--fresh"], tmp_path, monkeypatch, capsys)
+    assert "another run is at work on runs/r/checkpoint.pt" in error
+    one.communicate()
+    assert one.returncode == 0 and records(tmp_path / "runs/r")[-1]["step"] == 10
+
+
+def odd_picture(path, kind):
+    picture = Image.effect_noise((40, 40), 90)
+    if kind in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16"):
+        picture = (picture.convert("I").point(lambda v: v * 256) if kind in ("I", "I;16")
+                   else picture.convert("L" if kind in ("1", "F") else "RGB"))
+        suffix = ".tif" if kind in ("F", "I", "YCbCr", "CMYK") else ".png"
+        picture.convert(kind).save(path.with_suffix(suffix))
+        return True
+    picture.save(path.with_suffix(".jpg"))
+    whole = path.with_suffix(".jpg").read_bytes()
+    if kind == "bomb":  # says that it is 60,000 × 60,000
+        big = Image.new("1", (8, 8))
+        big.save(path.with_suffix(".png"))
+        content = bytearray(path.with_suffix(".png").read_bytes())
+        content[16:24] = (60_000).to_bytes(4, "big") * 2
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        path.with_suffix(".png").write_bytes(content)
+        path.with_suffix(".jpg").unlink()
+    else:
+        path.with_suffix(".jpg").write_bytes({"truncated": whole[:len(whole) // 2], "empty": b"",
+                                              "text": b"no picture", "grey": whole}[kind])
+    return kind == "grey"
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I", "F", "I;16",
+                                  "grey", "truncated", "empty", "text", "bomb"])
+def test_odd_pictures_are_read_and_broken_ones_counted(kind, tmp_path):
+    good = odd_picture(tmp_path / "0odd", kind)
+    put(tmp_path / "1good.png", (40, 40), (10, 200, 30))
+    faces = S.Faces(S.find_pictures(tmp_path), 32, 28, 0.08, 0)
+    item = faces[0, 0, 1.0]
+    assert item["unreadable"] == (not good) and item["views"].shape == (2, 3, 32, 32)
+    if good:
+        image = item["image"].float()
+        assert image.std() > 20 and 60 < image.mean() < 190  # neither black nor cut off at white
+
+
+def test_a_picture_that_vanishes_during_training_is_stepped_over(toy, tmp_path, monkeypatch,
+                                                                 capsys):
+    folder = tmp_path / "faces/train"
+    for i, name in enumerate(S.find_pictures(toy / "train")[:60]):
+        put(folder / f"{i}.png")
+    real = S.Pretraining.epoch_ends
+    monkeypatch.setattr(S.Pretraining, "epoch_ends", lambda self, *a: (
+        os.path.exists(self.faces.paths[7]) and os.remove(self.faces.paths[7]), real(self, *a))[1])
+    assert in_process("--data", "faces", *TINY, "--epochs", "3", "--workers", "0", cwd=tmp_path,
+                      monkeypatch=monkeypatch) == 0
+    assert "cannot be read" in capsys.readouterr().err
 
 
 # ===== data/prepare.py =====
