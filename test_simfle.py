@@ -2192,7 +2192,8 @@ def test_affectnet_from_lists_crops_clamps_and_tells_what_it_skips(tmp_path):
 
 
 @pytest.mark.parametrize("header", ["", HEADER + ",v,a\n", " #SubDirectory_filePath , x\n",
-                                    "\ufeff" + HEADER.replace(",", " , ") + "\n"])
+                                    "\ufeff" + HEADER.replace(",", " , ") + "\n",
+                                    "\n" + HEADER + "\n"])
 def test_affectnets_lists_have_a_header_or_none_or_one_with_blanks(header, tmp_path):
     affectnet_lists(tmp_path / "src", header)
     done = prepared("affectnet", "--src", tmp_path / "src", "--out", tmp_path / "out")
@@ -2256,7 +2257,9 @@ def test_affectnet_plus_is_filtered_and_its_other_half_ignored(tmp_path):
     text(src / "human_annotated/train_set/annotations/99.json", "{")
     done = prepared("affectnet", "--src", src, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert len(files(tmp_path / "out")) == 16 and done.stdout.count("3 skipped: labelled none") == 4
+    names = [p.split("_")[0] + Path(p).stem for p in files(tmp_path / "out")]
+    assert sorted(names) == [f"{s}/{i}{i}" for s in ("train", "val") for i in range(8)]
+    assert done.stdout.count("3 skipped: labelled none") == 4
 
 
 def rafdb(src, name="list_patition_label.txt"):
@@ -2265,7 +2268,8 @@ def rafdb(src, name="list_patition_label.txt"):
     text(src / f"basic/EmoLabel/{name}", "\n".join(lines))
     for line in lines[:8]:
         put(src / "basic/basic/Image/aligned" / f"{line.split('.')[0]}_aligned.jpg")
-    text(src / "compound/EmoLabel/list_patition_label.txt", "train_0001.jpg 11\n")
+    text(src / "Compound/EmoLabel/list_patition_label.txt", "train_0001.jpg 11\n")
+    put(src / "Compound/aligned/test_0001_aligned.jpg", (44, 44))  # of the same name
     put(src / "__MACOSX/aligned/._train_00009_aligned.jpg")
     return src
 
@@ -2292,7 +2296,7 @@ def test_what_is_still_packed_is_named_with_the_command(tmp_path):
     (src / "basic/Image/aligned.zip").write_bytes(b"PK")
     done = prepared("rafdb", "--src", src, "--out", tmp_path / "out")
     zipped = src / "basic/Image/aligned.zip"
-    assert done.returncode == 2 and f"unzip -o '{zipped}' -d '{zipped.parent}'" in done.stderr
+    assert done.returncode == 2 and f"unzip -o {zipped} -d {zipped.parent}" in done.stderr
     assert "file missing" in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -2307,8 +2311,10 @@ VOTES = {  # the file's number -> row in the lists, split, votes, what comes of 
     9: (8, "Valid", (0, 0, 9, 1, 0, 0, 0, 0, 0, 0), "3_surprise"),
     10: (10, "Test", (0, 0, 0, 1, 9, 0, 0, 0, 0, 0), "6_anger"),
     11: (12, "Test", (0, 0, 0, 6, 0, 2, 0, 2, 0, 0), "2_sadness"),
+    12: (13, "Test", (0, 9, 0, 0, 0, 0, 0, 0, 0, 0), "1_happiness"),
+    13: (14, "Test", (0, 0, 0, 0, 0, 0, 0, 9, 0, 0), "7_contempt"),
 }
-ROWS = 13  # row 2 has no name; rows 9 and 11 repeat those of 8 and 12, further from their numbers
+ROWS = 15  # row 2 has no name; rows 9 and 11 repeat those of 8 and 12, further from their numbers
 USAGE = {"Train": "Training", "Valid": "PublicTest", "Test": "PrivateTest"}
 
 
@@ -2368,7 +2374,7 @@ def test_ferplus_takes_the_majority_and_finds_names_by_row(kind, tmp_path):
 def test_ferplus_sources_that_do_not_belong_together_get_a_sentence(tmp_path):
     src = ferplus(tmp_path / "src", "fer2013.csv")
     lines = (src / "kaggle/fer2013.csv").read_text().splitlines()
-    for change, words in ((lines[:-1], "12 rows"), (lines + lines[-1:], "row 14"),
+    for change, words in ((lines[:-1], "14 rows"), (lines + lines[-1:], "row 16"),
                           ([lines[0]] + lines[:0:-1], "row 1 of")):
         text(src / "kaggle/fer2013.csv", "\n".join(change))
         done = prepared("ferplus", "--src", src, "--out", tmp_path / "out")
@@ -2384,14 +2390,19 @@ def test_sfew_is_found_in_its_folders_without_the_test_set(tmp_path):
     for emotion in ("Angry", "Disgust", "Fear", "Happy", "Neutral", "Sad", "Surprise"):
         put(src / f"Train/Train_Aligned_Faces/{emotion}/one.png")
         put(src / f"Val/Val_Aligned_Faces_new/Val_Aligned_Faces/{emotion}/one.png")
+        put(src / f"Val/Val_Aligned_Faces/{emotion}/one.png")  # a copy is no second picture
         put(src / f"Train/Train_Aligned_Faces/{emotion}/.two.png")
         (src / f"Train/Train_Aligned_Faces/{emotion}/Thumbs.db").write_bytes(b"x")
     put(src / "Test/Test_Aligned_Faces/three.png")
+    (src / "loop").symlink_to(src)
     done = prepared("sfew", "--src", src, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert len(files(tmp_path / "out")) == 14 and "Thumbs" not in str(files(tmp_path / "out"))
-    assert os.path.samefile(tmp_path / "out/train/6_anger/one.png",
-                            src / "Train/Train_Aligned_Faces/Angry/one.png")
+    for name, emotion in (("0_neutral", "Neutral"), ("1_happiness", "Happy"), ("2_sadness", "Sad"),
+                          ("3_surprise", "Surprise"), ("4_fear", "Fear"), ("5_disgust", "Disgust"),
+                          ("6_anger", "Angry")):
+        assert os.path.samefile(tmp_path / f"out/train/{name}/one.png",
+                                src / f"Train/Train_Aligned_Faces/{emotion}/one.png")
 
 
 @pytest.mark.parametrize("name, wanted", [("affectnet", "training.csv"), ("rafdb", "EmoLabel"),
@@ -2417,7 +2428,7 @@ def test_a_preparation_goes_on_and_redoes_nothing(tmp_path):
     lines = (out / ".prepared.jsonl").read_text().splitlines()
     (out / ".prepared.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
     done = prepared(*order)
-    assert done.returncode == 0 and "6 pictures are there already" in done.stdout
+    assert done.returncode == 0 and "6 pictures are there already" in done.stdout, done.stdout
     second = {k: (p.read_bytes(), p.stat().st_mtime_ns) for k, p in files(out).items()}
     assert second.keys() == first.keys() and second[gone][0] == first[gone][0]
     assert all(second[k] == first[k] for k in first if k != gone)
@@ -2426,9 +2437,21 @@ def test_a_preparation_goes_on_and_redoes_nothing(tmp_path):
     assert done.returncode == 2 and "size 16; now" in done.stderr
     put(out / "train/0_neutral/stranger.jpg")
     assert "1 files lie in" in prepared(*order).stdout
+    # A damaged picture is made again, one of another source too; what was made of files that are
+    # gone from the download stays and counts.
+    (out / gone).write_bytes(b"")
+    other = src / "basic/basic/Image/aligned/train_00003_aligned.jpg"
+    put(other, (33, 33), (9, 9, 200))
+    for p in (src / "basic/basic/Image/aligned").glob("train_0000[245]*"):
+        p.unlink()
+    done = prepared(*order)
+    assert "3 of these were made before" in done.stdout and "files lie in" in done.stdout
+    assert (out / gone).read_bytes() == first[gone][0]
+    assert Image.open(out / "train/5_disgust/train_00003_aligned.jpg").getpixel((9, 9))[2] > 150
+    assert sum(json.loads((out / "stats.json").read_text())["counts"]["train"].values()) == 7
 
 
-def test_where_links_do_not_work_pictures_are_copied_whole(tmp_path, monkeypatch):
+def test_where_links_do_not_work_pictures_are_copied_whole(tmp_path):
     code = ("import os, runpy, sys\ndef no(*a, **k): raise OSError('no links')\n"
             "os.link = os.symlink = no\n"
             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")

@@ -20,18 +20,28 @@ Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfl
 """
 
 import argparse
+import contextlib
 import csv
+import filecmp
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from PIL import Image, ImageStat
 
@@ -52,8 +62,8 @@ PAPER = {
 PAPER["affectnet7"] = {split: counts[:7] for split, counts in PAPER["affectnet"].items()}
 
 ARCHIVES = {".zip": "unzip -o {0} -d {1}", ".tar": "tar -xf {0} -C {1}",
-            ".tgz": "tar -xf {0} -C {1}", ".gz": "tar -xf {0} -C {1}", ".rar": "unrar x {0} {1}",
-            ".7z": "7z x -o{1} {0}", ".001": "7z x -o{1} {0}"}
+            ".tgz": "tar -xf {0} -C {1}", ".tar.gz": "tar -xf {0} -C {1}", ".gz": "gunzip -k {0}",
+            ".rar": "unrar x {0} {1}/", ".7z": "7z x -o{1} {0}", ".001": "7z x -o{1} {0}"}
 
 
 class Problem(Exception):
@@ -64,20 +74,35 @@ class Problem(Exception):
 
 
 class Tree:
-    """The files below a folder, but for hidden ones, Thumbs.db, __MACOSX and the folder `without`.
+    """The files below a folder, but for hidden ones, Thumbs.db, __MACOSX and what this made.
 
-    folders: path -> the names of its files, both in a fixed order. Raises Problem.
+    folders: path -> the names of its files, both in a fixed order; each folder once, by whatever
+    links it can be reached. Raises Problem.
     """
 
-    def __init__(self, src: Path, without: Path):
+    def __init__(self, src: Path):
         if not src.is_dir():
             raise Problem(f"{src} is no folder; give --src the one that holds the download.")
-        self.src, self.folders = src, {}
-        for parent, folders, names in os.walk(src, followlinks=True):
-            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX"))
-                                and Path(parent, f).resolve() != without.resolve())
+        self.src, self.folders, seen = src, {}, set()
+
+        def unreadable(error: OSError):
+            raise Problem(f"{error.filename} cannot be read ({error.strerror}); mend that, or give "
+                          f"--src another folder.")
+
+        for parent, folders, names in os.walk(src, followlinks=True, onerror=unreadable):
+            place = os.stat(parent)
+            if (place.st_dev, place.st_ino) in seen or JOURNAL in names:
+                folders.clear()
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            folders[:] = sorted(f for f in folders if not f.startswith((".", "__MACOSX")))
             self.folders[Path(parent)] = sorted(
                 n for n in names if not n.startswith(".") and n.lower() != "thumbs.db")
+
+    def below(self, folder: Path) -> list[str]:
+        """A folder's names from --src's own down to it, in lower case, the last first."""
+        names = (self.src.resolve().name, *folder.relative_to(self.src).parts)
+        return [n.lower() for n in reversed(names)]
 
     def named(self, *wanted: str, beside: str = "") -> list[Path]:
         """Files of these names, in any case; with `beside`, only in folders of that name."""
@@ -103,11 +128,18 @@ class Tree:
 
     def packed(self) -> str:
         """Archives that still wait to be unpacked, each with its command, in words; "" if none."""
-        found = [folder / n for folder, names in self.folders.items() for n in names
-                 if Path(n).suffix.lower() in ARCHIVES]
-        orders = [ARCHIVES[p.suffix.lower()].format(f"'{p}'", f"'{p.parent}'") for p in found[:6]]
-        more = f", and {len(found) - 6} more" if len(found) > 6 else ""
-        return f"still packed, unpack with: {'; '.join(orders)}{more}" if found else ""
+        orders = []
+        for folder, names in self.folders.items():
+            for n in names:
+                kind = next((k for k in (".tar.gz", Path(n).suffix.lower())
+                             if k in ARCHIVES and n.lower().endswith(k)), None)
+                later_part = re.search(r"part0*([2-9]|[1-9]\d+)\.rar$", n.lower())
+                if kind and not later_part:
+                    orders.append(ARCHIVES[kind].format(shlex.quote(str(folder / n)),
+                                                        shlex.quote(str(folder))))
+        more = f"; and {len(orders) - 6} more" if len(orders) > 6 else ""
+        text = f"there are archives; if still packed: {'; '.join(orders[:6])}{more}"
+        return text if orders else ""
 
     def missing(self, wanted: str) -> Problem:
         """What was looked for, and what was found instead."""
@@ -134,13 +166,22 @@ class Picture:
     def place(self) -> str:
         return f"{self.split}/{CLASSES[self.label]}/{self.name}"
 
+    def origin(self, src: Path) -> str | None:
+        """What it is made from, in short; None where that is no longer there."""
+        if self.grey:
+            return f"{zlib.crc32(self.grey):08x}"
+        try:
+            return f"{self.source.relative_to(src)} {self.source.stat().st_size} {self.box}"
+        except OSError:
+            return None
+
 
 class Plan:
     """What is to be made, and what of the download is left out, by reason."""
 
     def __init__(self):
         self.pictures, self.found, self.skipped = [], Counter(), Counter()
-        self.names, self.sources = set(), set()
+        self.names, self.rows = {}, set()
 
     def skip(self, split: str, label: int | None, reason: str) -> None:
         """Leaves one out: of a class, or with None of none."""
@@ -148,19 +189,23 @@ class Plan:
         self.found[split, label] += label is not None
 
     def add(self, split: str, label: int, source: Path | None, name: str = "", **how) -> None:
-        """Takes one in. Another picture of the same name in a class gets a number behind it."""
-        name = name or source.name
-        if source and (source, how.get("box")) in self.sources:
+        """Takes one in. Another picture of the same name in a class gets a number behind it; the
+        same once more, or a copy of it, is skipped."""
+        name, row = name or source.name, (split, label, source, how.get("box"))
+        if source and row in self.rows:
             return self.skip(split, label, "repeated")
-        self.sources.add((source, how.get("box")))
+        self.rows.add(row)
         stem, suffix = os.path.splitext(name)
         if suffix.lower() not in Image.registered_extensions():
             suffix = ".jpg"
         name, number = stem + suffix, 1
-        while (split, label, name.lower()) in self.names:  # in any case: some disks know just one
+        while (key := (split, label, name.lower())) in self.names:  # some disks know just one case
+            other, box = self.names[key]
+            if source and box == how.get("box") and filecmp.cmp(source, other, shallow=False):
+                return self.skip(split, label, "repeated")
             number += 1
             name = f"{stem}-{number}{suffix}"
-        self.names.add((split, label, name.lower()))
+        self.names[key] = source, how.get("box")
         self.found[split, label] += 1
         self.pictures.append(Picture(split, label, name, source, **how))
 
@@ -172,23 +217,28 @@ def integer(text) -> int | None:
         return None
 
 
-def read_rows(path: Path, columns: tuple[str, ...], number: int):
+def read_rows(path: Path, columns: tuple[str, ...], number: int, needed: tuple[str, ...] = ()):
     """The rows of a CSV file as dicts, with or without a header. Raises Problem.
 
     columns: its columns in their usual order. number: the one that holds an integer in every row,
     so that a first row without one is a header; blanks, case and a leading # in it do not count.
+    needed: those that a header must have, all unless told.
     """
+    needed, first = {c.lower() for c in needed or columns}, True
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            for i, row in enumerate(csv.reader(file)):
-                if i == 0 and (len(row) <= number or integer(row[number]) is None):
-                    header = tuple(cell.strip().lstrip("#").strip().lower() for cell in row)
-                    known = [c.lower() for c in columns]
-                    if set(known) <= set(header):
+            for row in filter(None, csv.reader(file)):
+                if first and (len(row) <= number or integer(row[number]) is None):
+                    header = [cell.strip().lstrip("#").strip().lower() for cell in row]
+                    if needed <= set(header):
                         order = {c.lower(): c for c in columns}
                         columns = tuple(order.get(cell, cell) for cell in header)
-                elif row:
+                    elif len(needed & set(header)) > 1:
+                        raise Problem(f"{path} has no column {', '.join(needed - set(header))}; "
+                                      f"get it as its owners ship it.")
+                else:
                     yield dict(zip(columns, (cell.strip() for cell in row)))
+                first = False
     except (csv.Error, OSError) as error:
         raise Problem(f"{path} cannot be read as CSV ({error}); download it again.") from None
 
@@ -198,7 +248,7 @@ def read_rows(path: Path, columns: tuple[str, ...], number: int):
 
 def affectnet(tree: Tree, plan: Plan) -> str:
     """Whichever of the three distributions is there. Returns its name. Raises Problem."""
-    plus = [f for f in tree.folders if "no_human_annotated" not in f.parts
+    plus = [f for f in tree.folders if "no_human_annotated" not in tree.below(f)
             and f.name == "annotations" and any(n.endswith(".json") for n in tree.folders[f])]
     npy = [f for f in tree.folders if any(n.endswith("_exp.npy") for n in tree.folders[f])]
     lists = tree.named("training.csv") + tree.named("validation.csv")
@@ -229,7 +279,7 @@ def affectnet_lists(tree: Tree, plan: Plan) -> None:
         path = tree.one(name)
         if path is None:
             raise tree.missing(f"AffectNet's {name}")
-        for row in read_rows(path, columns, number=6):
+        for row in read_rows(path, columns, 6, needed=columns[:5] + columns[6:7]):
             label = integer(row.get("expression"))
             if not in_classes(plan, split, label):
                 continue
@@ -274,14 +324,15 @@ def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str, la
     images = {folder: {os.path.splitext(n)[0]: n for n in tree.folders.get(
         folder.parent / "images", ())} for folder in folders}
     for folder, n in progress(todo, len(todo), "labels"):
-        parts = [p.lower() for p in reversed(folder.resolve().parts) if p.lower() in names]
+        parts = [p for p in tree.below(folder) if p in names]
         if not parts:
             raise Problem(f"{folder} lies below neither train_set nor val_set, so its pictures' "
                           f"split is unknown; name its folder so.")
         split, stem = names[parts[0]], n.removesuffix(ending)
         try:
-            label = int(label_of(folder / n))
-        except (ValueError, KeyError, TypeError, OSError, EOFError):
+            value = float(label_of(folder / n))
+            label = int(value) if value == int(value) else None
+        except Exception:  # numpy and json raise many kinds for broken files
             label = None
         if not in_classes(plan, split, label):
             continue
@@ -297,15 +348,17 @@ def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str, la
 def rafdb(tree: Tree, plan: Plan) -> str:
     """The basic set: a list of labels, aligned faces. Returns its name. Raises Problem."""
     ours = {1: 3, 2: 4, 3: 5, 4: 1, 5: 2, 6: 6, 7: 0}
-    for folder in [f for f in tree.folders if "compound" in f.relative_to(tree.src).parts]:
+    for folder in [f for f in tree.folders if "compound" in "/".join(tree.below(f))]:
         del tree.folders[folder]  # RAF-DB's other half has lists and pictures of like names
     path = tree.one("list_patition_label.txt", "list_partition_label.txt")  # the first is theirs
     if path is None:
         raise tree.missing("RAF-DB's basic/EmoLabel/list_patition_label.txt")
-    aligned = {name.rsplit("_aligned", 1)[0]: source for (_, name), source
-               in tree.pictures().items() if "_aligned." in name}
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-        name, _, label = line.strip().partition(" ")
+    aligned = {}
+    for (_, name), source in tree.pictures().items():
+        if "_aligned." in name:
+            aligned.setdefault(name.rsplit("_aligned", 1)[0], source)
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        name, label = (line.split() + ["", ""])[:2]
         stem, label = os.path.splitext(name)[0], ours.get(integer(label))
         split = "train" if stem.startswith("train") else "val"
         if not name:
@@ -431,7 +484,7 @@ def sfew(tree: Tree, plan: Plan) -> str:
     ours = {"neutral": 0, "happy": 1, "sad": 2, "surprise": 3, "fear": 4, "disgust": 5, "angry": 6}
     for split, name in (("train", "train_aligned_faces"), ("val", "val_aligned_faces")):
         folders = [f for f in tree.folders if f.name.lower() in ours
-                   and any(p.lower().startswith(name) for p in f.parts)]
+                   and any(p.startswith(name) for p in tree.below(f))]
         if not folders:
             raise tree.missing(f"SFEW's {split.title()}_Aligned_Faces/Angry and so on")
         readable = Image.registered_extensions()
@@ -486,8 +539,9 @@ def make(picture: Picture, target: Path, size: int) -> list[float] | str:
     content = None
     try:
         if target.exists():
-            with Image.open(target) as there:
+            with contextlib.suppress(Exception), Image.open(target) as there:
                 return moments(there)
+            target.unlink()  # damaged
         if picture.grey:
             content = encoded(Image.frombytes("L", (48, 48), picture.grey).convert("RGB"), target)
         else:
@@ -511,8 +565,8 @@ def make(picture: Picture, target: Path, size: int) -> list[float] | str:
         if content:  # measured as it will be read
             with Image.open(content) as there:
                 result = moments(there)
-    except Exception:  # Pillow raises many kinds for broken files
-        return "cannot be decoded"
+    except Exception as error:  # Pillow raises many kinds for broken files
+        return "cannot be read" if getattr(error, "errno", None) else "cannot be decoded"
     try:
         write(target, picture.source, content)
     except OSError as error:
@@ -551,47 +605,63 @@ def write(target: Path, source: Path | None, content: io.BytesIO | None) -> None
         raise
 
 
-class Journal:
-    """The moments of all pictures that are done, so that nothing is measured twice.
+JOURNAL = ".prepared.jsonl"
 
-    A line of JSON each, in a hidden file beside them; the first line tells what they were made
-    from. Raises Problem where that was something else.
+
+class Journal:
+    """What each picture was made from, its size in bytes and its moments: nothing is made or
+    measured twice.
+
+    A line of JSON each, in a hidden file beside them; the first line tells of what the folder was
+    made. Raises Problem where that was something else, or another process is at work there.
     """
 
-    def __init__(self, path: Path, origin: dict):
-        self.path, self.done = path, {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        for i, line in enumerate(lines):
+    def __init__(self, out: Path, origin: dict):
+        self.done, path = {}, out / JOURNAL
+        self.file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
+        except OSError:
+            raise Problem(f"another process prepares {out}; let it end.") from None
+        self.file.seek(0)
+        for i, line in enumerate(self.file.read().splitlines()):
             try:
                 record = json.loads(line)
             except ValueError:  # the last line of a run that was killed
                 continue
             if i == 0 and record != origin:
                 was, now = (", ".join(f"{k} {v}" for k, v in o.items()) for o in (record, origin))
-                raise Problem(f"{path.parent} was prepared from something else ({was}; now {now}); "
-                              f"remove that folder, or write to another with --out.")
+                raise Problem(f"{out} was prepared from something else ({was}; now {now}); remove "
+                              f"that folder, or write to another with --out.")
             if i > 0:
                 self.done[record[0]] = record[1:]
-        part = path.with_name(path.name + ".part")
-        records = [origin] + [[place, *m] for place, m in self.done.items()]
-        part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        part.replace(path)
-        self.file = open(path, "a", encoding="utf-8")
+        if not self.file.tell():
+            self.file.write(json.dumps(origin))
+        self.file.write("\n")
 
-    def add(self, place: str, result: list[float]) -> None:
-        self.done[place] = result = [float(f"{m:.8g}") for m in result]
-        self.file.write(json.dumps([place, *result]) + "\n")
+    def add(self, place: str, origin: str, size: int, result: list[float]) -> None:
+        self.done[place] = [origin, size, *(float(f"{m:.8g}") for m in result)]
+        self.file.write(json.dumps([place, *self.done[place]]) + "\n")
 
 
-def make_all(plan: Plan, journal: Journal, out: Path, size: int, workers: int) -> None:
+def make_all(plan: Plan, journal: Journal, src: Path, out: Path, size: int, workers: int) -> None:
     """Makes what is not there, on all cores; what cannot be made is skipped. Raises Problem."""
-    for folder in {(out / p.place).parent for p in plan.pictures}:
+    folders = {(out / p.place).parent for p in plan.pictures}
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob(".*.part"):  # of a run that was killed
             part.unlink()
-    there = {f"{path.parent.parent.name}/{path.parent.name}/{path.name}"
+    there = {f"{path.parent.parent.name}/{path.parent.name}/{path.name}": path.stat().st_size
              for split in SPLITS for path in (out / split).glob("*/[!.]*")}
-    todo = [p for p in plan.pictures if p.place not in there or p.place not in journal.done]
+    # Done is what was made from this very source and still has the size it had then.
+    journal.done = {k: v for k, v in journal.done.items() if there.get(k) == v[1]}
+    todo = []
+    for p in plan.pictures:
+        origin, old = p.origin(src), journal.done.get(p.place)
+        if old is None or origin not in (None, old[0]):
+            if old is not None:
+                (out / p.place).unlink()
+            todo.append((p, origin))
     if len(todo) < len(plan.pictures):
         print(f"{len(plan.pictures) - len(todo):,} pictures are there already.")
 
@@ -603,67 +673,41 @@ def make_all(plan: Plan, journal: Journal, out: Path, size: int, workers: int) -
                 for k in range(0, len(todo), 1024):
                     some = todo[k:k + 1024]
                     yield from zip(some, pool.map(
-                        lambda p: make(p, out / p.place, size), some))
+                        lambda one: make(one[0], out / one[0].place, size), some))
                     journal.file.flush()
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    with journal.file:
-        for picture, result in progress(results(), len(todo), "pictures"):
-            if isinstance(result, str):
-                plan.found[picture.split, picture.label] -= 1  # skip counts it again
-                plan.skip(picture.split, picture.label, result)
-                journal.done.pop(picture.place, None)
-            else:
-                journal.add(picture.place, result)
-    foreign = len(there - {p.place for p in plan.pictures})
+    for (picture, origin), result in progress(results(), len(todo), "pictures"):
+        if isinstance(result, str):
+            plan.found[picture.split, picture.label] -= 1  # skip counts it again
+            plan.skip(picture.split, picture.label, result)
+            journal.done.pop(picture.place, None)
+        else:
+            journal.add(picture.place, origin, (out / picture.place).stat().st_size, result)
+    journal.file.flush()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # where all of a class has failed
+    foreign = len(there.keys() - {p.place for p in plan.pictures} - journal.done.keys())
     if foreign:
-        print(f"{foreign:,} files lie in {out} that this download does not have; training would "
-              f"read them: remove the folder and start again if you do not know them.")
+        print(f"{foreign:,} files lie in {out} that are not of this download; training would read "
+              f"them: look at them, and remove what you do not know.")
 
 
 # ===== What came of it =====
 
 
-def report(name: str, source: str, plan: Plan, done: dict[str, list[float]], out: Path) -> None:
-    """Prints the table and writes stats.json. Raises Problem where a split has come out empty."""
-    own = [p for p in plan.pictures if p.place in done]
-    if name == "affectnet7":
-        own = [p for p in own if p.label < 7]
-    written = Counter((p.split, p.label) for p in own)
-    counts, fewer = {}, 0
-    print(f"\n{out}: {source}")
-    for split in SPLITS:
-        paper = PAPER[name].get(split)
-        labels = [k for k in range(len(PAPER[name]["train"])) if plan.found[split, k]
-                  or split != "valid"]
-        if not labels:
-            continue
-        print(f"\n{split:12} {'found':>9} {'written':>9} {'paper':>9}")
-        for k in labels:
-            expected = paper[k] if paper else None
-            reasons = [f"{n:,} skipped: {reason}" for (s, l, reason), n
-                       in sorted(plan.skipped.items(), key=str) if (s, l) == (split, k)]
-            print(line(CLASSES[k], plan.found[split, k], written[split, k], expected, reasons))
-        counts[split] = {CLASSES[k]: written[split, k] for k in labels}
-        total = sum(counts[split].values())
-        if not total:
-            raise Problem(f"no picture of {split} could be made, for the reasons above.")
-        found = sum(plan.found[split, k] for k in labels)
-        print(line("total", found, total, sum(paper) if paper else None, []))
-        fewer += paper is not None and 2 * total < sum(paper)
-        for (s, k, reason), n in sorted(plan.skipped.items(), key=str):
-            if s == split and k is None:
-                print(f"  besides, {n:,} skipped: {reason}")
-    print()
-    if fewer:
-        print("Less than half of the paper's pictures: this is a part of the dataset, or one of "
-              "the reduced copies that circulate under its name.")
-    if name.startswith("affectnet") and source.endswith("npy files") and (
-            counts["val"].get(CLASSES[7]) == 499):
-        print("This distribution of AffectNet has 499 pictures of contempt to test on; the paper's "
-              "500 are those of the CSV lists.")
-    m = [done[p.place] for p in own if p.split == "train"]
+def report(name: str, source: str, plan: Plan, done: dict[str, list], out: Path) -> None:
+    """Writes stats.json and prints the table. Raises Problem where a split has come out empty."""
+    names = CLASSES[:len(PAPER[name]["train"])]
+    own = {place: record[2:] for place, record in done.items() if place.split("/")[1] in names}
+    written = Counter(tuple(place.split("/")[:2]) for place in own)
+    splits = [s for s in SPLITS if s != "valid" or any(k[0] == s for k in written)]
+    counts = {s: {c: written[s, c] for c in names} for s in splits}
+    m = [moments for place, moments in own.items() if place.startswith("train/")]
+    if not m:
+        raise Problem(f"no training picture of {name} could be made ({reasons(plan, 'train')}).")
     mean, square = ([sum(v[c] for v in m) / len(m) for c in range(k, k + 3)] for k in (0, 3))
     std = [max(q - x * x, 0) ** 0.5 for x, q in zip(mean, square)]
     stats = dict(dataset=name, source=source, counts=counts, mean=[round(v, 4) for v in mean],
@@ -672,23 +716,54 @@ def report(name: str, source: str, plan: Plan, done: dict[str, list[float]], out
     part.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
     part.replace(out / "stats.json")
 
+    print(f"\n{out}: {source}")
+    for split in splits:
+        paper = PAPER[name].get(split)
+        print(f"\n{split:12} {'found':>9} {'written':>9} {'paper':>9}")
+        for k, c in enumerate(names):
+            print(line(c, plan.found[split, k], counts[split][c], paper and paper[k],
+                       reasons(plan, split, k)))
+        print(line("total", sum(plan.found[split, k] for k in range(len(names))),
+                   sum(counts[split].values()), paper and sum(paper), ""))
+        if besides := reasons(plan, split, None):
+            print(f"  besides: {besides}")
+    kept = len(own.keys() - {p.place for p in plan.pictures})
+    print(f"\n{kept:,} of these were made before, of files that this download no longer has."
+          if kept else "")
+    if any(2 * sum(counts[s].values()) < sum(PAPER[name][s]) for s in ("train", "val")):
+        print("Less than half of the paper's pictures: this is a part of the dataset, or one of "
+              "the reduced copies that circulate under its name.")
+    if source == "AffectNet, npy files" and counts["val"].get(CLASSES[7]) == 499:
+        print("This distribution of AffectNet has 499 pictures of contempt to test on; the paper's "
+              "500 are those of the CSV lists.")
+    if not sum(counts["val"].values()):
+        raise Problem(f"no test picture of {name} could be made ({reasons(plan, 'val')}).")
 
-def line(name: str, found: int, written: int, paper: int | None, reasons: list[str]) -> str:
+
+def reasons(plan: Plan, split: str, *label: int | None) -> str:
+    """What of a split, or of one class of it, was skipped and why."""
+    count = Counter()
+    for (s, k, reason), n in plan.skipped.items():
+        if s == split and k in (label or (k,)):
+            count[reason] += n
+    return "; ".join(f"{n:,} skipped: {reason}" for reason, n in sorted(count.items()))
+
+
+def line(name: str, found: int, written: int, paper: int | None, skipped: str) -> str:
     """A row of the table."""
-    if paper is None:
-        verdict = ["the paper does not use it"]
-    elif written == paper:
-        verdict = ["as in the paper"]
-    else:
-        more = "fewer" if written < paper else "more"
-        verdict = [f"{abs(written - paper):,} {more} than the paper"]
-    number = "–" if paper is None else f"{paper:,}"
-    return f"{name:12} {found:9,} {written:9,} {number:>9}  {'; '.join(verdict + reasons)}"
+    verdict = ("the paper does not use it" if paper is None else "as in the paper"
+               if written == paper else f"{abs(written - paper):,} "
+               f"{'fewer' if written < paper else 'more'} than the paper")
+    number = "-" if paper is None else f"{paper:,}"
+    return (f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}"
+            + (f"; {skipped}" if skipped else ""))
 
 
 def link_seven(out: Path) -> Path:
     """AffectNet-7 beside AffectNet: its class folders are links to seven of the eight."""
     seven = out.with_name(out.name + "7")
+    seven.mkdir(exist_ok=True)
+    (seven / JOURNAL).touch()  # marks it as made here
     for split in ("train", "val"):
         (seven / split).mkdir(parents=True, exist_ok=True)
         for name in CLASSES[:7]:
@@ -701,6 +776,9 @@ def link_seven(out: Path) -> Path:
             except OSError:  # no such links here: a hard link for every picture
                 target.mkdir()
             if target.is_dir() and not target.is_symlink():
+                for picture in target.iterdir():
+                    if not (source / picture.name).exists():
+                        picture.unlink()
                 for picture in source.glob("[!.]*"):
                     if not (target / picture.name).exists():
                         write(target / picture.name, picture, None)
@@ -717,15 +795,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write [data/NAME]")
     parser.add_argument("--size", type=int, default=256,
                         help="short side of a picture at most, in pixels; 0 keeps all [256]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads [all cores]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
+                        help="threads [as many as cores]")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # Pillow's, on odd pictures
-    out = args.out or Path(__file__).resolve().parent / args.name
+    sys.stdout.reconfigure(errors="replace")
+    out = Path(os.path.abspath(args.out or Path(__file__).resolve().parent / args.name))
     try:
         prepare(args.name, args.src, out, args.size, args.workers)
     except Problem as problem:
         print(f"\nprepare: {problem}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads what is printed any more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         print(f"\nprepare: {error}; mend that and start the same command again: it goes on.",
               file=sys.stderr)
@@ -743,21 +826,23 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     if src.resolve() == out.resolve():
         raise Problem(f"{src} is where the result would go; give another folder with --out.")
     print(f"looking through {src}", flush=True)
-    tree, plan = Tree(src, without=out), Plan()
+    tree, plan = Tree(src), Plan()
     source = DATASETS[name](tree, plan)
     for split in ("train", "val"):
         if not any(p.split == split for p in plan.pictures):
-            reasons = sorted({reason for s, _, reason in plan.skipped if s == split})
-            found = f" ({', '.join(reasons)})" if reasons else ""
-            raise tree.missing(f"the pictures of {source}, {split}{found}")
+            raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
     out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out / ".prepared.jsonl", dict(dataset=name, source=source, size=size))
-    make_all(plan, journal, out, size, workers)
+    journal = Journal(out, dict(dataset=name, source=source, size=size))
+    try:
+        make_all(plan, journal, src, out, size, workers)
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk: that has been said already
+            journal.file.close()
     report(name, source, plan, journal.done, out)
     if name == "affectnet":
         report("affectnet7", source, plan, journal.done, link_seven(out))
     if tree.packed() and any("missing" in reason for _, _, reason in plan.skipped):
-        print(f"Files are missing, and there are archives {tree.packed()}.")
+        print(f"Files are missing, and {tree.packed()}.")
 
 
 if __name__ == "__main__":
