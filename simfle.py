@@ -62,6 +62,7 @@ Map
     Part IV: other rows of the tables    Table 3: parts taken away · Table 4: other methods for GFL
     Part V: figures          4.4 Drawing · 4.4 Masks and reconstructions · 4.4 Attention ·
                              4.4 Numbers · 4.4 All of them
+    Benchmark
     main
 """
 
@@ -73,6 +74,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,8 +87,9 @@ from pathlib import Path
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 import torch
 import torch.distributed as dist
@@ -98,6 +101,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms import RandomResizedCrop
 
@@ -792,6 +796,7 @@ class Settings:
     figures: bool = setting(False, "draw a run's figures (4.4)")
     compare: tuple = setting((), "other runs whose attention --figures shows (Fig. 1)")
     # Machine
+    benchmark: bool = setting(False, "time the loader and the parts of a step (ours)")
     workers: int = setting(-1, "loading processes a process; -1: its share of the cores (ours)")
     sync_bn: bool = setting(False, "BatchNorm over all processes; GPUs only (ours)")
     compile: bool = setting(False, "torch.compile the step (ours)")
@@ -822,7 +827,8 @@ EVALUATIONS = {  # what the presets change of them
                "semi": dict(epochs=20, batch_size=64), "finetune": dict(epochs=10, batch_size=64)},
 }
 # What may differ between a checkpoint and the run that goes on from it.
-FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare"}
+FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare",
+        "benchmark"}
 
 HERE = Path(__file__).resolve().parent
 # AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
@@ -1687,10 +1693,14 @@ class Run:
         kind = self.world.device.type
         return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
 
+    def cores(self) -> int:
+        """The processor cores that this process may use."""
+        return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
+                os.cpu_count() or 1)
+
     def loader(self, dataset: Dataset, batches) -> DataLoader:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = (self.s.workers if self.s.workers >= 0
-                   else max(1, cores // self.world.local_size))
+                   else max(1, self.cores() // self.world.local_size))
         return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
                           pin_memory=self.world.device.type == "cuda",
                           prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
@@ -2788,6 +2798,121 @@ def draw_figures(s: Settings) -> None:
             print(path)
 
 
+# ================================ Benchmark ================================
+
+
+def wait_for(device: torch.device) -> float:
+    """The time, once the device has done all that it was told to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str, device: torch.device):
+    """Adds what happens inside to seconds[name]."""
+    start = wait_for(device)
+    yield
+    seconds[name] = seconds.get(name, 0.0) + wait_for(device) - start
+
+
+def loader_rates(run: Run, seconds: float) -> dict[int, float]:
+    """Images a second that loading processes hand over, by their number: 1, 2, 4 to all cores."""
+    rates, cores = {}, run.cores()
+    for workers in sorted({min(2**i, cores) for i in range(8)}):
+        run.s = replace(run.s, workers=workers)
+        batches = Batches(len(run.faces), run.batches.batch, 10**6, run.s.seed)
+        loading = iter(run.loader(run.faces, batches))
+        next(loading)
+        start, images = time.perf_counter(), 0
+        # What stood ready when the clock was started would count for nothing in a long run.
+        ready = 4 * workers * run.batches.batch
+        while images < ready or time.perf_counter() - start < seconds:
+            images += len(next(loading)["index"])
+        rates[workers] = max(0, images - ready) / (time.perf_counter() - start)
+        del loading
+    return rates
+
+
+def arithmetic_peak(device: torch.device) -> float:
+    """Multiply-adds a second of a large matrix product, in the precision of the training."""
+    kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
+    best = math.inf
+    for _ in range(6):
+        start = wait_for(device)
+        for _ in range(4):
+            a @ b
+        best = min(best, (wait_for(device) - start) / 4)
+    return n**3 / best
+
+
+def benchmark(s: Settings, world: World) -> None:
+    """Prints what loader and step do in a second, part by part. Trains nothing, keeps nothing.
+
+    Means of as many steps as fit five seconds, the first left out. Parts are timed one by one, the
+    device waited for between them; the whole step as it is in training.
+    """
+    s = replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0)
+    run, device = Pretraining(s, world), world.device
+    keys = next(iter(run.batches))
+    batch = torch.utils.data.default_collate([run.faces[k] for k in keys])
+    model, seconds = run.model, {}
+    inner = {"target": getattr(model.gfl, "target", None), "FaceMAE": model.ffl}
+    for name, module in inner.items():
+        if module is not None:
+            clock = []
+            module.register_forward_pre_hook(lambda *_, c=clock: c.append(wait_for(device)))
+            module.register_forward_hook(lambda *_, c=clock, n=name: seconds.__setitem__(
+                n, seconds.get(n, 0.0) + wait_for(device) - c.pop()))
+    model.train()
+    with FlopCounterMode(display=False) as counter:  # also the first, slow step
+        run.step(batch, (0, 0), 0.0)
+    start = wait_for(device)
+    run.step(batch, (0, 0), 0.0)
+    once = wait_for(device) - start
+    steps = agree(world, lambda: max(3, int(5 / once)))  # all processes take as many
+    seconds.clear()
+    for _ in range(steps):
+        moved = {k: v.to(device) for k, v in batch.items()}
+        with timed(seconds, "views", device), torch.no_grad():
+            inputs = prepare(moved, (s.seed, 0, 0), run.colours)
+        with timed(seconds, "forward", device), run.mixed_precision():
+            loss = run.wrapped(*inputs)["loss"]
+        with timed(seconds, "backward", device):
+            loss.backward()
+        with timed(seconds, "optimiser, EMA", device):
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.stepped()
+    parts = {k: v / steps for k, v in seconds.items()}
+    start = wait_for(device)
+    for _ in range(steps):
+        run.step(batch, (0, 0), 0.0)
+    step = (wait_for(device) - start) / steps
+    if world.first:
+        images = run.batches.batch
+        macs = counter.get_total_flops() / 2 * world.size / images
+        peak = arithmetic_peak(device) * world.size
+        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{run.cores()} CPU cores"
+        print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
+              f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
+        for workers, rate in loader_rates(run, 5).items():
+            print(f"loader, {workers:2} loading  {rate:12,.0f} images/s")
+        print(f"step                {images / step:12,.1f} images/s  {1000 * step:10,.1f} ms")
+        for part, spent in parts.items():
+            inside = "  of forward: " if part in inner else "  "
+            print(f"{inside + part:34}{'':8}{1000 * spent:10,.1f} ms")
+        print(f"memory of a process {memory / 2**30:12,.2f} GB at most\n"
+              f"arithmetic          {macs / 1e9:12,.1f} G multiply-adds an image, forward and "
+              f"backward: {macs * images / step / peak:.0%} of the {peak / 1e12:.2f} T/s that a "
+              f"large matrix product reaches here")
+        run.lock.close()
+        shutil.rmtree(run.folder)
+
+
 # ================================ main ================================
 
 
@@ -2796,7 +2921,9 @@ def run(orders: dict) -> None:
     with processes() as world:
         s = agree(world, lambda: read_settings(orders))
         draw_toy_faces(s, world)
-        if s.figures:
+        if s.benchmark:
+            benchmark(s, world)
+        elif s.figures:
             agree(world, lambda: draw_figures(s))
         elif s.eval:
             evaluate(s, world)

@@ -2095,6 +2095,39 @@ def test_a_picture_that_vanishes_during_training_is_stepped_over(toy, tmp_path, 
     assert "cannot be read" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- Benchmark
+
+
+def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path, monkeypatch,
+                                                                  capsys):
+    clock = [0.0]  # every look at the clock is a second later
+
+    def tick():
+        clock[0] += 1.0
+        return clock[0]
+
+    monkeypatch.setattr(S.time, "perf_counter", tick)
+    monkeypatch.setattr(S, "loader_rates", lambda run, seconds: {1: 100.0, 2: 150.0})
+    assert in_process("--data", toy, *TINY, "--benchmark", cwd=tmp_path,
+                      monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert not list(tmp_path.glob("runs/.*")) and "150 images/s" in out
+    times = dict(re.findall(r"^  (?:of forward: )?(\S.*?)  +([\d,.]+) ms", out, re.MULTILINE))
+    # The target looks twice (two views), FaceMAE once; each takes one second of the forward pass.
+    assert {k: v for k, v in times.items()} == {
+        "target": "2,000.0", "FaceMAE": "1,000.0", "views": "1,000.0", "forward": "7,000.0",
+        "backward": "1,000.0", "optimiser, EMA": "1,000.0"}
+
+
+def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with S.processes() as world:
+        run = S.Pretraining(settings(["--data", toy, *TINY, "--epochs", "9999"]), world)
+        monkeypatch.setattr(S.Run, "cores", lambda self: 2)
+        rates = S.loader_rates(run, 0.5)
+    assert rates.keys() == {1, 2} and all(20 < r < 50_000 for r in rates.values())
+
+
 # ===== data/prepare.py =====
 #
 # Each format in small and made up: a tree of tiny pictures and labels, laid out as the owners do.
