@@ -82,6 +82,7 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -434,9 +435,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """
     B, N_p = a.shape
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
-    keep = a.detach().argsort(dim=1, descending=True, stable=True)[:, :kept]
-    mask = torch.ones_like(a).scatter(1, keep, 0.0)
-    return keep, mask.detach()
+    keep = a.argsort(dim=1, descending=True, stable=True)[:, :kept]
+    return keep, torch.ones_like(a).scatter(1, keep, 0.0)
 
 
 # Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
@@ -918,9 +918,8 @@ def check_settings(s: Settings) -> None:
         raise Problem(f"--labels is a share above 0 and up to 1, not {s.labels}.")
     if s.ffl_size == s.patch:
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
-    if s.ffl_size % s.patch:
-        raise Problem(f"--patch {s.patch} does not divide --ffl-size {s.ffl_size}; choose sizes "
-                      f"that it divides, as 16 divides 112.")
+    if s.sync_bn and s.eval:
+        raise Problem("--sync-bn is for pre-training; leave it out of an evaluation.")
 
 
 RESNETS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
@@ -1258,7 +1257,9 @@ class Batches:
         for epoch, done in self.places():
             if drawn != epoch:
                 order, drawn = self.order(epoch), epoch
-            step = [(epoch, index, 1.0) for index in order[done:done + self.batch]]
+            # Drawn with replacement, an image may come twice: its place tells the two apart.
+            step = [(epoch if self.weights is None else (epoch, place), index, 1.0) for place, index
+                    in enumerate(order[done:done + self.batch], done)]
             share = math.ceil(len(step) / self.world)
             step += [(epoch, order[done], 0.0)] * (share * self.world - len(step))
             yield step[self.rank * share:(self.rank + 1) * share]
@@ -1484,9 +1485,9 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
 class Status:
     """Lines for people: one that rewrites itself on a terminal, one every few seconds elsewhere."""
 
-    def __init__(self, total: int, quiet: bool, seconds: float = 5.0):
+    def __init__(self, total: int, quiet: bool):
         self.total, self.quiet, self.terminal = total, quiet, sys.stdout.isatty()
-        self.seconds = 0.5 if self.terminal else seconds
+        self.seconds = 0.5 if self.terminal else 5.0
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -1504,7 +1505,7 @@ class Status:
         self.last, spent = now, max(now - self.first_time, 1e-9)
         left = spent / max(step - self.first_step, 1) * (self.total - step)
         line = (f"step {step}/{self.total}  {text}  {self.images / spent:.0f} images/s  "
-                f"waiting {self.waited / spent:.0%}  left {clock(left)}")
+                f"waiting {self.waited / spent:.0%}  left {timedelta(seconds=round(left))}")
         if self.terminal:
             width = os.get_terminal_size(sys.stdout.fileno()).columns
             print("\r\033[K" + line[:max(1, width - 1)], end="", flush=True)
@@ -1515,12 +1516,6 @@ class Status:
         """A line that stays."""
         if not self.quiet:
             print(("\r\033[K" if self.terminal else "") + text, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """3725 s is 1:02:05."""
-    s = round(seconds)
-    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}"
 
 
 class Log:
@@ -1953,6 +1948,14 @@ class LabelledFaces(Dataset):
                     unreadable=torch.tensor(unreadable))
 
 
+class Head(nn.Linear):
+    """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with full_precision(x):
+            return super().forward(x.float())
+
+
 def with_digest(path: Path) -> str:
     """A file's path and the beginning of its SHA-256."""
     return f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
@@ -2050,7 +2053,7 @@ class Evaluation(Run):
             weights = (1 / counts.double())[torch.tensor(labels)]
         torch.manual_seed(s.seed)
         net = build_resnet(s.arch)
-        net.fc = nn.Linear(net.fc.in_features, len(self.classes))
+        net.fc = Head(net.fc.in_features, len(self.classes))
         origin = agree(world, lambda: starting_weights(s, net, self.classes))
         if self.frozen:
             net.requires_grad_(False).fc.requires_grad_(True)

@@ -1143,6 +1143,24 @@ def test_oversampling_shows_every_class_equally_often(trained, monkeypatch):
     assert (mass - 1).abs().max() < 1e-6  # 14, 9 and 7 pictures: equal mass
 
 
+def test_an_image_drawn_twice_in_an_epoch_gets_two_crops(trained):
+    paths = S.find_pictures(trained / "colours/train")
+    weights = torch.tensor([0.0] * 4 + [1.0] + [0.0] * (len(paths) - 5)).double()
+    keys = [k for step in S.Batches(len(paths), 6, 4, 0, weights=weights) for k in step]
+    assert {index for _, index, _ in keys} == {4} and len(set(keys)) == len(keys) == 24
+    faces = S.LabelledFaces(paths, [0] * len(paths), 32, 0.08, 0)
+    thrown = {tuple(map(tuple, S.throw(S.read_picture(paths[4]), 1, 1, 0.08, 0, e, i)[0]))
+              for e, i, _ in keys}
+    assert len(thrown) > 20 and torch.equal(faces[keys[3]]["image"], faces[keys[3]]["image"])
+
+
+def test_the_head_is_fp32_under_bf16():
+    head, x = S.Head(8, 3), seeded(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = head(x)
+    assert out.dtype == torch.float32 and torch.equal(out, F.linear(x, head.weight, head.bias))
+
+
 def test_an_epoch_that_ended_with_other_batches_has_ended():
     """Saved after a batch of 64, gone on with batches of 63: the next epoch is next."""
     assert S.Batches(40, 63, 3, 0, partial=True).step(0, 64) == 1
@@ -1307,13 +1325,15 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--epochs", "many"], "invalid int value"),
     (["--preset", "huge"], "one of: paper, laptop"),
     (["--arch", "vgg"], "one of: small, resnet18"),
-    (["--patch", "5", "--preset", "laptop"], "--patch 5 does not divide --ffl-size 28"),
+    (["--patch", "5", "--preset", "laptop"], "patches of 5 do not divide an image of 28 pixels"),
     (["--groups", "30", "--batch-size", "8"], "30 channel groups do not divide 256 channels"),
     (["--batch-size", "0"], "--batch-size must be above 0"),
     (["--mask-ratio", "1.5"], "--mask-ratio must lie between 0 and 1"),
     (["--batch-size", "1"], "BatchNorm needs 2"),
     (["--batch-size", "1000"], "fewer than a batch of 1000"),
     (["--sync-bn"], "--sync-bn works on GPUs only"),
+    (["--sync-bn", "--eval"], "--sync-bn is for pre-training"),
+    (["--ffl", "none", "--connection", "direct"], "nothing to connect"),
 ])
 def test_wrong_orders_get_a_sentence(args, words, toy, tmp_path, monkeypatch, capsys):
     if "--sync-bn" in args and torch.cuda.is_available():
