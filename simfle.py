@@ -81,10 +81,10 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 try:
@@ -2502,11 +2502,23 @@ def below(pictures: list[Image.Image], across: int = 1) -> Image.Image:
     return whole
 
 
-def shown(x: Tensor, side: int) -> Image.Image:
-    """(3, H, W) in [0, 1] as a picture, its pixels enlarged to about `side`."""
-    factor = max(1, round(side / x.shape[2]))
-    picture = TF.to_pil_image(x.clamp(0, 1).cpu())
-    return picture.resize((x.shape[2] * factor, x.shape[1] * factor), Image.Resampling.NEAREST)
+def cell(x: Tensor, cam: Tensor | None = None) -> Image.Image:
+    """A face (3, H, W) in [0, 1], 112 pixels wide, under its attention (H, W) if it has one."""
+    exact = 112 % x.shape[2] == 0  # then every pixel becomes a square
+    face = TF.to_pil_image(x.clamp(0, 1).cpu()).resize(
+        (112, 112), Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC)
+    return face if cam is None else Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
+
+
+def read_faces(paths: list[str], size: int) -> Tensor:
+    """Pictures as (B, 3, size, size) in [0, 1]. Raises Problem."""
+    faces = []
+    for path in paths:
+        try:
+            faces.append(TF.to_tensor(TF.resize(read_picture(path), [size] * 2)))
+        except Exception as error:
+            raise Problem(f"{path} cannot be read ({error}); mend or remove it.") from None
+    return torch.stack(faces)
 
 
 # ===== 4.4 Masks and reconstructions =====
@@ -2549,7 +2561,7 @@ def figure_masks(model: nn.Module, x: Tensor, colours) -> Image.Image:
     for face in x[:3]:
         faces = face.expand(8, -1, -1, -1)
         mask, _ = reconstruct(model, faces, groups, colours)
-        rows.append([shown(p, 112) for p in [face, *mask_out(faces, mask, masking.patch)]])
+        rows.append([cell(p) for p in [face, *mask_out(faces, mask, masking.patch)]])
     return sheet("What eight channel groups keep (Fig. 4 a)", rows, [""] * len(rows),
                  ["original"] + [f"group {g}" for g in groups.tolist()],
                  note=f"Grey patches are masked: the {mask[0].sum():.0f} of {mask.shape[1]} with "
@@ -2560,7 +2572,7 @@ def figure_reconstructions(model: nn.Module, x: Tensor, colours) -> Image.Image:
     """Original, masked, reconstructed. (Fig. 4 b)"""
     masking = model.ffl.masking
     mask, whole = reconstruct(model, x, torch.arange(len(x)) % masking.groups, colours)
-    rows = [[shown(p, 112) for p in row] for row in (x, mask_out(x, mask, masking.patch), whole)]
+    rows = [[cell(p) for p in row] for row in (x, mask_out(x, mask, masking.patch), whole)]
     note = ("Visible patches are pasted back." + " The guess is each patch's pattern; its mean and "
             "contrast are the original's." * model.ffl.mae.norm_pix)
     return sheet("Reconstruction from what a group keeps (Fig. 4 b)", rows,
@@ -2605,12 +2617,6 @@ def grad_cam(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
     return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def small(x: Tensor, cam: Tensor | None = None) -> Image.Image:
-    """A face (3, H, W) in [0, 1] as a cell of a sheet, under its attention (H, W) if it has one."""
-    face = TF.to_pil_image(x).resize((112, 112))
-    return face if cam is None else Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
-
-
 class Classifier:
     """A saved classifier, ready to predict. Raises Problem."""
 
@@ -2627,7 +2633,7 @@ class Classifier:
 
     def look(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Pictures (B, 3, H, W) in [0, 1], predictions (B,), attention for them (B, H, W)."""
-        x = torch.stack([TF.to_tensor(TF.resize(read_picture(p), [self.size] * 2)) for p in paths])
+        x = read_faces(paths, self.size)
         inputs = normalise(x, self.colours)
         with torch.no_grad():
             label = self.net.fc(feature_map(self.net, inputs).mean(dim=(2, 3))).argmax(dim=1)
@@ -2650,9 +2656,9 @@ def figure_attention(classifiers: dict[str, Classifier], pictures: list[tuple]) 
     for one in classifiers.values():
         x, label, cam = one.look(paths)
         if not rows:
-            rows.append([small(face) for face in x])
+            rows.append([cell(face) for face in x])
             captions.append([f"is {true}" if true else "" for _, true in pictures])
-        rows.append([small(face, attention) for face, attention in zip(x, cam)])
+        rows.append([cell(face, attention) for face, attention in zip(x, cam)])
         captions.append([f"taken: {one.classes[k]}" for k in label.tolist()])
     return sheet("Where the classifier looks (Grad-CAM; Figs. 1, 6, 8)", rows,
                  ["picture", *classifiers], captions=captions,
@@ -2667,7 +2673,7 @@ def figure_mistakes(one: Classifier, pictures: list[tuple], count: int = 16) -> 
         x, label, cam = one.look([p for p, _ in some])
         for face, attention, guess, (_, true) in zip(x, cam, label.tolist(), some):
             if true in one.classes and one.classes[guess] != true and len(cells) < 2 * count:
-                cells += [small(face), small(face, attention)]
+                cells += [cell(face), cell(face, attention)]
                 captions += [f"is {true}", f"taken: {one.classes[guess]}"]
         if len(cells) == 2 * count:
             break
@@ -2735,17 +2741,13 @@ def figure_curves(records: list[dict]) -> Image.Image | None:
 def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
     """Held-out pictures with their classes, class after class in turn; else any, with None."""
     folder = find_data(s.data)
-    if (folder / "val").is_dir():
-        classes, paths, labels = labelled_pictures(folder / "val")
-        order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
-        turn = Counter()
-        ranks = {}
-        for i in order:
-            ranks[i] = turn[labels[i]]
-            turn[labels[i]] += 1
-        order.sort(key=lambda i: (ranks[i], labels[i]))
-        return [(paths[i], classes[labels[i]]) for i in order[:count]]
-    return [(p, None) for p in find_pictures(folder)[:count]]
+    if not (folder / "val").is_dir():
+        return [(p, None) for p in find_pictures(folder)[:count]]
+    classes, paths, labels = labelled_pictures(folder / "val")
+    order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
+    turns = [[i for i in order if labels[i] == k] for k in range(len(classes))]
+    chosen = [i for turn in zip_longest(*turns) for i in turn if i is not None]
+    return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
 
 
 def load_run(s: Settings) -> tuple[nn.Module, dict]:
@@ -2774,13 +2776,14 @@ def draw_figures(s: Settings) -> None:
     colours, pictures = colours_of(find_data(s.data)), some_pictures(s, 512)
     drawn = {}
     if model.ffl is not None:
-        size = [settings["ffl_size"]] * 2
-        x = torch.stack([TF.to_tensor(TF.resize(read_picture(p), size)) for p, _ in pictures[:8]])
+        x = read_faces([p for p, _ in pictures[:8]], settings["ffl_size"])
         drawn |= {"masks": figure_masks(model, x, colours),
                   "reconstructions": figure_reconstructions(model, x, colours)}
     if s.init != "random":
-        with open(folder / "log.jsonl") as file:
-            records = [json.loads(line) for line in file]
+        records = []
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the run may be writing its last line
+                records.append(json.loads(line))
         drawn["curves"] = figure_curves(records)
         measured = [r for r in records if "refinement" in r]
         drawn["refinement"] = figure_refinement(measured) if measured else None

@@ -1716,7 +1716,7 @@ def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals():
     I = S.normalise(x)
     C = model.ffl.grouping(model.backbone(I)[0])
     for face in range(3):
-        original = S.shown(x[face], 112)
+        original = S.cell(x[face])
         assert same_picture(cell(sheet, face, 0, original), original)
         for column in range(8):  # eight groups, so group `column`
             mask = model.ffl.masking(C, torch.full((3, 1), (column + 0.5) / 8))[2][face]
