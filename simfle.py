@@ -1748,12 +1748,20 @@ class Run:
                           f"too many to go on; mend or remove those that are named above.")
 
     def go(self) -> None:
-        """From the place where the run stands to its end. Raises Problem."""
+        """From the place where the run stands to its end. Raises Problem and Stopped."""
+        before_us = signal.signal(signal.SIGTERM, self.stop)
+        try:
+            self.take_steps()
+        finally:
+            signal.signal(signal.SIGTERM, before_us)
+            if self.world.first:
+                self.lock.close()
+
+    def take_steps(self) -> None:
         batches, status, world = self.batches, self.status, self.world
         step = batches.step(batches.epoch, batches.done)
         self.greet(step)
         unreadable = 0.0
-        before_us = signal.signal(signal.SIGTERM, self.stop)
         loading = iter(self.loader(self.faces, batches))
         self.wrapped.train(self.model.training)
         status.start(step)
@@ -1782,7 +1790,6 @@ class Run:
             if stop and not last:
                 raise Stopped(f"stopped after step {step:,} of {batches.total:,}; the same command "
                               f"goes on from there.")
-        signal.signal(signal.SIGTERM, before_us)
 
     def stop(self, *_) -> None:
         """A cluster takes the machine back (SIGTERM): all processes end after the same step."""

@@ -37,10 +37,10 @@ TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)
 
 
-def slow(test):
-    """For tests that run with `-m slow` alone."""
-    skip = pytest.mark.skipif("'slow' not in config.option.markexpr", reason="runs with -m slow")
-    return pytest.mark.slow(skip(test))
+def not_unless_slow(request):
+    """Cases that are marked slow run with `-m slow` alone."""
+    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
+        pytest.skip("runs with -m slow")
 
 
 torch.set_num_threads(1)  # tiny nets: a second thread would cost more than it does
@@ -822,10 +822,11 @@ def test_backbone_of_the_paper_model_loads_into_torchvisions_resnet50():
     assert missing == ["fc.weight", "fc.bias"] and not unexpected
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_under_torchrun_go_on_bit_exactly_and_keep_their_weights_alike(toy, tmp_path,
-                                                                                 processes):
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_processes_under_torchrun_go_on_bit_exactly_and_keep_their_weights_alike(
+        toy, tmp_path, processes, request):
     """A run of two epochs, and one that stops in the second and goes on: equal to the last bit."""
+    not_unless_slow(request)
     script = tmp_path / "check.py"
     script.write_text(CHECK_RANKS.format(here=str(HERE)))
     args = ["--data", toy, *TINY, "--epochs", "2"]
@@ -1229,17 +1230,15 @@ def test_an_evaluation_goes_on_from_its_last_epoch_bit_exactly(trained, monkeypa
     assert all(torch.equal(v, parts[k]) for k, v in whole.items())
 
 
-def test_any_number_of_processes_tests_each_image_once_with_the_same_predictions(trained):
-    """15 test images; the head that one process trained is tested by 2 and by 4 processes too."""
+def test_two_processes_test_each_image_once_with_the_same_predictions(trained, monkeypatch):
+    """15 test images; what one process trained is tested by two as well."""
     args = ["--data", "colours", "--name", "colours", *EVAL, "--eval", "semi", "--labels", "0.8",
             "--batch-size", "12", "--epochs", "1"]
-    out = run_program(*args, cwd=trained)
+    assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
     alone = result(trained, "semi-0.8-colours")
-    for processes in (2, 4):  # complete: what remains is the test
-        out = run_program(*args, cwd=trained, processes=processes)
-        assert "complete" in out
-        shared = result(trained, "semi-0.8-colours")
-        assert shared["confusion"] == alone["confusion"] and shared["images"] == 15
+    assert "complete" in run_program(*args, cwd=trained, processes=2)  # what remains is the test
+    shared = result(trained, "semi-0.8-colours")
+    assert shared["confusion"] == alone["confusion"] and shared["images"] == 15
 
 
 def test_all_processes_test_with_the_statistics_of_process_0(trained, monkeypatch):
@@ -1255,16 +1254,22 @@ def test_all_processes_test_with_the_statistics_of_process_0(trained, monkeypatc
     assert [id(t) for t, source in sent if source == 0] == [id(b) for b in run.model.buffers()]
 
 
-def test_four_processes_take_the_same_linear_steps_as_one(trained):
+def test_four_processes_take_the_same_linear_steps_as_one_and_test_alike(trained, monkeypatch):
     """The head's gradient is a mean over the whole batch, also of the last 6 images, of which four
     processes make shares of 2: two repeats that weigh nothing."""
-    heads = []
-    for processes in (0, 4):
-        run_program("--data", "colours", *EVAL, "--eval", "--epochs", "2", "--batch-size", "12",
-                    "--fresh", cwd=trained, processes=processes)
-        heads.append(torch.load(trained / "runs/colours/linear-colours.pt",
-                                weights_only=True)["model"]["fc.weight"])
-    torch.testing.assert_close(*heads, rtol=1e-3, atol=1e-5)
+    args = ["--data", "colours", *EVAL, "--eval", "--epochs", "2", "--batch-size", "12"]
+
+    def head():
+        return torch.load(trained / "runs/colours/linear-colours.pt")["model"]["fc.weight"]
+
+    assert in_process(*args, "--fresh", cwd=trained, monkeypatch=monkeypatch) == 0
+    alone = head()
+    run_program(*args, "--fresh", cwd=trained, processes=4)
+    torch.testing.assert_close(alone, head(), rtol=1e-3, atol=1e-5)
+    four = result(trained, "linear-colours")
+    assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0  # one tests the same head
+    one = result(trained, "linear-colours")
+    assert one["confusion"] == four["confusion"] and four["images"] == 15
 
 
 def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatch, capsys):
@@ -1945,8 +1950,7 @@ def goes_on_equal(toy, cwd, whole, monkeypatch):
         ("write", 4), ("replace", 1), ("replace", 2), ("replace", 3), ("replace", 4))])
 def test_a_killed_run_goes_on_and_ends_bit_equal(where, when, toy, tmp_path, monkeypatch, request,
                                                  uninterrupted):
-    if request.node.get_closest_marker("slow") and "slow" not in request.config.option.markexpr:
-        pytest.skip("runs with -m slow")
+    not_unless_slow(request)
     killed = start_faulty(where, when, faulty_args(toy), tmp_path)
     killed.communicate()
     assert killed.returncode == -9
@@ -1956,8 +1960,7 @@ def test_a_killed_run_goes_on_and_ends_bit_equal(where, when, toy, tmp_path, mon
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_others_and_a_restart_brings_the_run_back(
         processes, toy, tmp_path, request, uninterrupted):
-    if processes == 3 and "slow" not in request.config.option.markexpr:
-        pytest.skip("runs with -m slow")
+    not_unless_slow(request)
     one = start_faulty("step", 8, faulty_args(toy), tmp_path, processes, rank=1,
                        torchrun=["--max-restarts=1"])
     out, err = one.communicate(timeout=120)
@@ -2042,8 +2045,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(toy, tmp_path, monkey
     import resource
 
     args = faulty_args(toy)
-    killed = start_faulty("step", 4, args, tmp_path)
-    killed.communicate()
+    with monkeypatch.context() as patch:
+        patch.setattr(S.Run, "told_to_stop", True)  # a checkpoint after the first step
+        assert in_process(*args, cwd=tmp_path, monkeypatch=patch) == 143
     before = (tmp_path / "runs/r/checkpoint.pt").read_bytes()
     size = len(before) // 2
     full = start_faulty("nowhere", 0, args, tmp_path, preexec_fn=lambda: resource.setrlimit(
@@ -2063,8 +2067,10 @@ def test_a_second_run_in_the_same_folder_says_so_and_leaves_it_alone(toy, tmp_pa
         assert one.poll() is None
     error = complaint(faulty_args(toy) + ["--fresh"], tmp_path, monkeypatch, capsys)
     assert "another run is at work on runs/r/checkpoint.pt" in error
+    while "step 10/10" not in (line := one.stdout.readline()):
+        assert line  # it goes on to its end
+    one.kill()
     one.communicate()
-    assert one.returncode == 0 and records(tmp_path / "runs/r")[-1]["step"] == 10
 
 
 def odd_picture(path, kind):
