@@ -1934,7 +1934,8 @@ def uninterrupted(toy, tmp_path_factory):
 
 
 def faulty_args(toy):
-    return ["--data", toy, *TINY, "--epochs", "2", "--save-every", "2", "--name", "r"]
+    return ["--data", toy, *TINY, "--epochs", "2", "--save-every", "2", "--name", "r",
+            "--log-every", "3"]  # so that a checkpoint falls between two lines of the log
 
 
 def goes_on_equal(toy, cwd, whole, monkeypatch):
