@@ -867,6 +867,8 @@ def read_orders(argv: list[str] | None = None) -> dict:
 
 def read_settings(orders: dict) -> Settings:
     """The orders, on top of the preset, the protocol and the evaluated run. Raises Problem."""
+    if orders.get("figures") and "name" in orders and "data" not in orders:
+        orders = orders | {"data": run_settings(orders["name"])["data"]}  # the run's own
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
     trained = run_settings(name) if protocol else {}
@@ -2422,7 +2424,8 @@ def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Imag
     """(h, w) numbers as a picture of squares: dark blue is low, yellow is high. (ours)"""
     stops = torch.tensor([[40, 20, 90], [40, 90, 150], [40, 150, 140], [130, 200, 90],
                           [250, 230, 60]]) / 255
-    t = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1) * (len(stops) - 1)
+    t = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
+    t = t * (len(stops) - 1)
     k = t.long().clamp(max=len(stops) - 2)
     colour = torch.lerp(stops[k], stops[k + 1], (t - k)[..., None])
     picture = TF.to_pil_image(rearrange(colour, "h w c -> c h w"))
@@ -2466,6 +2469,7 @@ def plot(title: str, curves: dict[str, list[tuple[float, float]]], x_name: str,
          size: tuple[int, int] = (460, 260)) -> Image.Image:
     """Curves through points (x, y), with axes; of one name, with a dot at every point if few."""
     picture, (W, H) = Image.new("RGB", size, "white"), size
+    curves = {k: [p for p in c if math.isfinite(p[1])] or [(0, 0)] for k, c in curves.items()}
     draw, points = ImageDraw.Draw(picture), [p for c in curves.values() for p in c]
     x0, x1, y0, y1 = (f(p[i] for p in points) for i in (0, 1) for f in (min, max))
     y0, y1 = (y0, y1) if y1 > y0 else (y0 - 1, y1 + 1)
@@ -2564,9 +2568,10 @@ def reconstruct(model: nn.Module, x: Tensor, group: Tensor, colours) -> tuple[Te
 def figure_masks(model: nn.Module, x: Tensor, colours) -> Image.Image:
     """Three faces masked by eight groups. (Fig. 4 a)"""
     masking, rows = model.ffl.masking, []
-    groups = torch.arange(8) * masking.groups // 8
+    count = min(8, masking.groups)
+    groups = torch.arange(count) * masking.groups // count
     for face in x[:3]:
-        faces = face.expand(8, -1, -1, -1)
+        faces = face.expand(count, -1, -1, -1)
         mask, _ = reconstruct(model, faces, groups, colours)
         rows.append([cell(p) for p in [face, *mask_out(faces, mask, masking.patch)]])
     return sheet("What eight channel groups keep (Fig. 4 a)", rows, [""] * len(rows),
@@ -2648,13 +2653,17 @@ class Classifier:
 
 
 def find_classifier(s: Settings, name: str) -> Path | None:
-    """--init, or a run's classifier: of this data if there is one, and linear before others."""
-    if Path(s.init).is_file():
+    """A run's own classifier: of this data if there is one, and linear before others; of the run
+    that is drawn, --init."""
+    if name == s.name and Path(s.init).is_file():
         return Path(s.init)
-    data = Path(s.data).resolve().name
-    found = sorted(p for p in Path("runs", name).glob("*.pt")
-                   if p.name.startswith(tuple(PROTOCOLS)) and not p.stem.endswith("-random"))
-    return min(found, key=lambda p: (data not in p.stem, "linear" not in p.stem), default=None)
+    data, found = Path(s.data).resolve().name, []
+    for path in sorted(Path("runs", name).glob("eval-*.json")):
+        made = json.loads(path.read_bytes())["settings"]
+        if not made["init"]:  # else it is another net's
+            found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
+                          path.with_name(path.stem.removeprefix("eval-") + ".pt")))
+    return min(found)[2] if found else None
 
 
 def figure_attention(classifiers: dict[str, Classifier], pictures: list[tuple]) -> Image.Image:
@@ -2748,7 +2757,7 @@ def figure_curves(records: list[dict]) -> Image.Image | None:
 def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
     """Held-out pictures with their classes, class after class in turn; else any, with None."""
     folder = find_data(s.data)
-    if not (folder / "val").is_dir():
+    if not (folder / "val").is_dir() or not class_folders(folder / "val"):
         return [(p, None) for p in find_pictures(folder)[:count]]
     classes, paths, labels = labelled_pictures(folder / "val")
     order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
@@ -2780,7 +2789,8 @@ def draw_figures(s: Settings) -> None:
     """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
     folder, data = Path("runs", s.name), Path(s.data).resolve().name
     model, settings = load_run(s)
-    colours, pictures = colours_of(find_data(s.data)), some_pictures(s, 512)
+    colours = run_settings(s.name).get("colours") or colours_of(find_data(s.data))
+    pictures = some_pictures(s, 512)
     drawn = {}
     if model.ffl is not None:
         x = read_faces([p for p, _ in pictures[:8]], settings["ffl_size"])

@@ -1831,6 +1831,11 @@ def test_heat_rises_with_the_number_and_fig3_shows_the_maps_of_the_log():
             assert same_picture(got, expected)
 
 
+def test_a_log_with_numbers_that_are_not_finite_is_drawn():
+    S.plot("x", {"a": [(1, math.inf), (2, math.nan), (3, 2.0)], "b": [(1, math.nan)]}, "step")
+    S.heat(torch.tensor([[math.nan, 1.0]]), 0, 1)
+
+
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = {k: v for k, v in asdict(S.Settings(data="faces")).items() if k not in S.FREE}
@@ -1859,6 +1864,11 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert names >= {"masks", "reconstructions", "curves", "confusion-linear-colours", "attention"}
     assert in_process("--data", "colours", "--figures", "--init", "random", cwd=trained,
                       monkeypatch=monkeypatch) == 0
+    args = [*args, "--init", "random"]  # a classifier of another net is not the run's
+    assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
+    chosen = S.find_classifier(S.Settings(data="colours", name="colours"), "colours")
+    assert chosen == Path("runs/colours/linear-colours.pt")
+    assert settings(["--figures", "--name", "colours"]).data == "colours"  # the run's own
     untrained, own = (Image.open(folder / f"masks{x}.png") for x in ("-untrained", ""))
     assert untrained.size == own.size and not same_picture(untrained, own)
     for i in range(3):
