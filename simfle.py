@@ -84,7 +84,7 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 try:
@@ -98,7 +98,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
@@ -1414,11 +1414,12 @@ def same_settings(path: Path, old: dict, new: dict) -> None:
                       f"this run another name with --name, or start over with --fresh.")
 
 
-def load_state(path: Path, saved: dict, model: nn.Module, optimizer) -> None:
+def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> None:
     """Fills model and optimiser from a checkpoint. Raises Problem if they do not fit."""
     try:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if optimizer is not None:
+            optimizer.load_state_dict(saved["optimizer"])
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise Problem(f"{path} does not fit this model ({reason}); move it away or start over with "
@@ -2406,256 +2407,184 @@ GFLS = {
 
 # ================================ Part V: figures ================================
 #
-# Every figure of the paper, drawn of a run, or with `--init random` of the same net untrained, on
-# held-out pictures of its own data or of another --data, labelled or not.
+# The paper's figures of a run; with `--init random` its masks and reconstructions before training.
+# They show pictures of val/, or where there is none, of the folder.
 
 
 # ===== 4.4 Drawing =====
 
-GAP, TOP, LINE = 6, 34, 18  # pixels between cells, above the first row, and of a line of text
+GAP, LINE = 6, 18  # pixels between cells, and of a line of text
 
 
-def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la"):
-    """Black text at a place; anchor as in Pillow."""
-    ImageDraw.Draw(picture).text((x, y), text, "black", ImageFont.load_default(size), anchor)
+def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la",
+          colour: str = "black"):
+    """Text at a place; anchor as in Pillow."""
+    ImageDraw.Draw(picture).text((x, y), text, colour, ImageFont.load_default(size), anchor)
 
 
 def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Image:
-    """(h, w) numbers as a picture of squares: dark blue is low, yellow is high. (ours)"""
-    stops = torch.tensor([[40, 20, 90], [40, 90, 150], [40, 150, 140], [130, 200, 90],
-                          [250, 230, 60]]) / 255
-    t = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
-    t = t * (len(stops) - 1)
-    k = t.long().clamp(max=len(stops) - 2)
-    colour = torch.lerp(stops[k], stops[k + 1], (t - k)[..., None])
-    picture = TF.to_pil_image(rearrange(colour, "h w c -> c h w"))
+    """(h, w) numbers as a picture of squares: dark blue is low or NaN, yellow is high. (ours)"""
+    share = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
+    picture = ImageOps.colorize(TF.to_pil_image(share), "#28145a", "#fae63c", mid="#28968c")
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def colour_scale(low: float, high: float, height: int) -> Image.Image:
-    """What the colours of `heat` mean."""
-    picture = Image.new("RGB", (64, height), "white")
-    picture.paste(heat(torch.linspace(1, 0, height)[:, None], 0, 1, 1).resize((12, height)), (4, 0))
-    for y, value, anchor in ((0, high, "la"), (height - 1, low, "ld")):
-        write(picture, 20, y, f"{value:.3g}", 12, anchor)
-    return picture
+def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image.Image:
+    """A face (3, H, W) in [0, 1], under its attention (H, W), over two lines of text if any."""
+    face = TF.to_pil_image(x).resize((112, 112), Image.Resampling.BOX)
+    if cam is not None:
+        face = Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
+    if text is not None:
+        face = ImageOps.expand(face, (0, 0, 0, 2 * LINE), "white")
+        write(face, 0, 114, text, 12)
+    return face
 
 
-def sheet(title: str, rows: list[list[Image.Image]], names: list[str], columns: list[str] = (),
-          captions: list[list[str]] = (), note: str = "") -> Image.Image:
-    """Pictures of one size in rows with names, columns with names, lines below each, and a note."""
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = max(measure.textlength(n, ImageFont.load_default(13)) for n in names) + 2 * GAP
-    w, h = rows[0][0].size
-    lines = max((c.count("\n") + 1 for row in captions for c in row), default=0)
-    top, step = TOP + LINE * bool(columns), h + GAP + LINE * lines
-    wide = round(max(left + max(map(len, rows)) * (w + GAP), 640))
-    picture = Image.new("RGB", (wide, top + len(rows) * step + 2 * LINE * bool(note)), "white")
+def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
+          columns: list[str] = (), note: str = "") -> Image.Image:
+    """Pictures of one size in rows with names, columns with names, and a note."""
+    draw, (w, h) = ImageDraw.Draw(Image.new("RGB", (1, 1))), rows[0][0].size
+    length = [max((draw.textbbox((0, 0), t, font=ImageFont.load_default(size))[2] for t in texts),
+                  default=0) + 2 * GAP for size, texts in ((13, names), (17, (title, note)))]
+    left, top, bottom = length[0], (2 + bool(columns)) * LINE, 2 * LINE * bool(note)
+    wide = round(max(left + max(map(len, rows)) * (w + GAP), length[1]))
+    picture = Image.new("RGB", (wide, top + len(rows) * (h + GAP) + bottom), "white")
     write(picture, GAP, GAP, title, 17)
-    for c, name in enumerate(columns):
-        write(picture, left + c * (w + GAP) + w / 2, TOP, name, anchor="ma")
-    for r, (name, row) in enumerate(zip(names, rows)):
-        write(picture, GAP, top + r * step + h / 2, name, anchor="lm")
-        for c, cell in enumerate(row):
-            x, y = round(left) + c * (w + GAP), top + r * step
-            picture.paste(cell, (x, y))
-            for i, line in enumerate(captions[r][c].split("\n") if captions else ()):
-                write(picture, x, y + h + i * LINE, line, 12)
     write(picture, GAP, picture.height - LINE, note, 12)
+    for c, name in enumerate(columns):
+        write(picture, left + c * (w + GAP) + w / 2, top - LINE, name, 12, "ma")
+    for r, row in enumerate(rows):
+        write(picture, GAP, top + r * (h + GAP) + h / 2, "".join(names[r:r + 1]), anchor="lm")
+        for c, one in enumerate(row):
+            picture.paste(one, (round(left) + c * (w + GAP), top + r * (h + GAP)))
     return picture
 
 
-def plot(title: str, curves: dict[str, list[tuple[float, float]]], x_name: str,
-         size: tuple[int, int] = (460, 260)) -> Image.Image:
-    """Curves through points (x, y), with axes; of one name, with a dot at every point if few."""
-    picture, (W, H) = Image.new("RGB", size, "white"), size
-    curves = {k: [p for p in c if math.isfinite(p[1])] or [(0, 0)] for k, c in curves.items()}
-    draw, points = ImageDraw.Draw(picture), [p for c in curves.values() for p in c]
-    x0, x1, y0, y1 = (f(p[i] for p in points) for i in (0, 1) for f in (min, max))
-    y0, y1 = (y0, y1) if y1 > y0 else (y0 - 1, y1 + 1)
-    x1 = x1 if x1 > x0 else x0 + 1
-    left, right, top, bottom = 62, W - 16, TOP, H - 44 - LINE * (len(curves) > 1)
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
-
-    write(picture, GAP, GAP, title, 15)
-    for i in range(5):
-        y, x = y0 + i * (y1 - y0) / 4, x0 + i * (x1 - x0) / 4
-        draw.line([at(x0, y), at(x1, y)], "#dddddd")
-        write(picture, left - 5, at(x0, y)[1], f"{y:.3g}", 12, "rm")
-        write(picture, at(x, y0)[0], bottom + 4, f"{x:.4g}", 12, "ma")
-    write(picture, right, bottom + 20, x_name, 12, "ra")
-    for k, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f5fa8", "#d1601f", "#2b8a4b", "#8a3fa0")[k % 4]
-        draw.line([at(*p) for p in curve], colour, 2)
-        for x, y in (at(*p) for p in curve if len(curve) <= 20):
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        if len(curves) > 1:
-            draw.line([(left + 200 * k, H - 10), (left + 24 + 200 * k, H - 10)], colour, 3)
-            write(picture, left + 30 + 200 * k, H - 10, name, 12, "lm")
+def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
+    """A curve through points (x, y), side by side at equal distances; what is not finite is left
+    out."""
+    points = [p for p in points if math.isfinite(p[1])] or [(0, 0.0)]
+    last, low, high = len(points) - 1, min(y for _, y in points), max(y for _, y in points)
+    at = [(70 + 320 * i / max(1, last), 160 - 120 * (y - low) / (high - low or 1))
+          for i, (_, y) in enumerate(points)]
+    picture = Image.new("RGB", (420, 190), "white")
+    draw = ImageDraw.Draw(picture)
+    write(picture, GAP, GAP, title, 14)
+    for k in range(5):
+        i, y = round(k / 4 * last), 160 - 30 * k
+        draw.line([(70, y), (390, y)], "#dddddd")
+        write(picture, 65, y, f"{low + k / 4 * (high - low):.4g}", 12, "rm")
+        write(picture, at[i][0], 165, f"{points[i][0]:,}", 12, "ma")
+    draw.line(at, "#1f5fa8", 2)
+    for x, y in at if last < 20 else ():
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], "#1f5fa8")
     return picture
-
-
-def below(pictures: list[Image.Image], across: int = 1) -> Image.Image:
-    """Pictures in a grid on white, `across` in a row."""
-    rows = [pictures[i:i + across] for i in range(0, len(pictures), across)]
-    whole = Image.new("RGB", (max(sum(p.width for p in r) for r in rows),
-                              sum(max(p.height for p in r) for r in rows)), "white")
-    y = 0
-    for row in rows:
-        x = 0
-        for p in row:
-            whole.paste(p, (x, y))
-            x += p.width
-        y += max(p.height for p in row)
-    return whole
-
-
-def cell(x: Tensor, cam: Tensor | None = None) -> Image.Image:
-    """A face (3, H, W) in [0, 1], 112 pixels wide, under its attention (H, W) if it has one."""
-    exact = 112 % x.shape[2] == 0  # then every pixel becomes a square
-    face = TF.to_pil_image(x.clamp(0, 1).cpu()).resize(
-        (112, 112), Image.Resampling.NEAREST if exact else Image.Resampling.BICUBIC)
-    return face if cam is None else Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
 
 
 def read_faces(paths: list[str], size: int) -> Tensor:
-    """Pictures as (B, 3, size, size) in [0, 1]. Raises Problem."""
-    faces = []
-    for path in paths:
-        try:
-            faces.append(TF.to_tensor(TF.resize(read_picture(path), [size] * 2)))
-        except Exception as error:
-            raise Problem(f"{path} cannot be read ({error}); mend or remove it.") from None
-    return torch.stack(faces)
+    """Pictures as (B, 3, size, size) in [0, 1]; black where one cannot be read."""
+    faces = LabelledFaces(paths, [0] * len(paths), size, None, 0)
+    return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(paths))]) / 255
 
 
 # ===== 4.4 Masks and reconstructions =====
 
 
-def mask_out(x: Tensor, mask: Tensor, patch: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] with the masked patches grey. mask: (B, 49), 0 kept, 1 masked."""
-    grid = x.shape[2] // patch
-    whole = rearrange(mask, "b (h w) -> b 1 h w", h=grid)
-    whole = F.interpolate(whole, scale_factor=patch, mode="nearest")
-    return torch.where(whole > 0, 0.5, x)
-
-
 @torch.no_grad()
-def reconstruct(model: nn.Module, x: Tensor, group: Tensor, colours) -> tuple[Tensor, Tensor]:
-    """x (B, 3, 112, 112) in [0, 1], group (B,) -> mask (B, 49); what the autoencoder makes of what
-    is left, with the visible patches pasted back. (Fig. 4)
+def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor, Tensor]:
+    """x (B, 3, 112, 112) in [0, 1], u as in `SemanticMasking` -> x with the masked patches grey;
+    what the autoencoder makes of that, with the visible patches pasted back. (Fig. 4)
 
     Where pixels were normalised patch by patch, each patch gets the original's mean and deviation
     back: the network has guessed the pattern, not the light.
     """
     ffl, mae = model.ffl, model.ffl.mae
     I = normalise(x, colours)  # noqa: E741
-    C = ffl.grouping(model.backbone(I)[0])
-    keep, mask = mask_lowest(ffl.masking.scores(C, group), ffl.masking.ratio)
-    patches = mae.patchify(I)
+    _, keep, mask = ffl.masking(ffl.grouping(model.backbone(I)[0]), u)
+    masked, patches = mask[:, :, None] > 0, mae.patchify(I)
     guess = mae.decode(mae.encode(patches, keep), keep)
     if mae.norm_pix:
         var, mean = torch.var_mean(patches, dim=2, keepdim=True)
         guess = guess * (var + PIXEL_EPS).sqrt() + mean
-    whole = mae.unpatchify(torch.where(mask[:, :, None] > 0, guess, patches))
-    mean, std = (torch.tensor(c, device=x.device)[:, None, None] for c in colours)
-    return mask, (whole * std + mean).clamp(0, 1)
+    whole = mae.unpatchify(torch.where(masked, guess, patches))
+    back = [-m / d for m, d in zip(*colours)], [1 / d for d in colours[1]]  # undoes `colours`
+    return (mae.unpatchify(torch.where(masked, 0.5, mae.patchify(x))),
+            normalise(whole, back).clamp(0, 1))
 
 
-def figure_masks(model: nn.Module, x: Tensor, colours) -> Image.Image:
-    """Three faces masked by eight groups. (Fig. 4 a)"""
-    masking, rows = model.ffl.masking, []
-    count = min(8, masking.groups)
-    groups = torch.arange(count) * masking.groups // count
-    for face in x[:3]:
-        faces = face.expand(count, -1, -1, -1)
-        mask, _ = reconstruct(model, faces, groups, colours)
-        rows.append([cell(p) for p in [face, *mask_out(faces, mask, masking.patch)]])
-    return sheet("What eight channel groups keep (Fig. 4 a)", rows, [""] * len(rows),
-                 ["original"] + [f"group {g}" for g in groups.tolist()],
-                 note=f"Grey patches are masked: the {mask[0].sum():.0f} of {mask.shape[1]} with "
-                      f"the lowest scores.")
-
-
-def figure_reconstructions(model: nn.Module, x: Tensor, colours) -> Image.Image:
-    """Original, masked, reconstructed. (Fig. 4 b)"""
+def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
+    """Three faces masked eight times each, and eight with their reconstructions. (Fig. 4 a, b)"""
+    # Semantic masking takes its group from the first number, random masking its scores from all.
+    u = torch.rand(8, model.ffl.mae.grid**2, generator=stream_of("figures"))
+    u[:, 0] = torch.arange(8) / 8
+    rows = [[cell(p) for p in (face, *reconstruct(model, face.expand(8, -1, -1, -1), u,
+                                                  colours)[0])] for face in x[:3]]
+    below = [[cell(p) for p in row] for row in (x, *reconstruct(model, x, u[:len(x)], colours))]
+    note = ("Visible patches are pasted back. The guess is each patch's pattern; its mean and "
+            "contrast are the original's.")
     masking = model.ffl.masking
-    mask, whole = reconstruct(model, x, torch.arange(len(x)) % masking.groups, colours)
-    rows = [[cell(p) for p in row] for row in (x, mask_out(x, mask, masking.patch), whole)]
-    note = ("Visible patches are pasted back." + " The guess is each patch's pattern; its mean and "
-            "contrast are the original's." * model.ffl.mae.norm_pix)
-    return sheet("Reconstruction from what a group keeps (Fig. 4 b)", rows,
-                 ["original", "masked", "reconstructed"], note=note)
+    names = (["one draw"] * 8 if isinstance(masking, RandomMasking) else
+             [f"group {g}" for g in (u[:, 0] * masking.groups).long().tolist()])
+    return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)", rows,
+                           columns=["original", *names], note="Grey patches are masked."),
+            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
+                                     ["original", "masked", "reconstructed"],
+                                     note=note if model.ffl.mae.norm_pix else note[:32])}
 
 
 def figure_refinement(records: list[dict]) -> Image.Image:
-    """Reconstruction error, keep frequency, and their correlation over the epochs. (Fig. 3)"""
-    few = [records[round(i)] for i in torch.linspace(0, len(records) - 1, min(8, len(records)))
-           .tolist()]
-    rows = []
-    for key in ("error_map", "keep_map"):
+    """Reconstruction error and keep frequency over the epochs. (Fig. 3)"""
+    few = [records[i] for i in torch.linspace(0, len(records) - 1, min(8, len(records))).int()]
+    rows, names = [], []
+    for key, name in (("error_map", "error under random masks"), ("keep_map", "share kept")):
         maps = torch.tensor([r["refinement"][key] for r in few])
         maps = rearrange(maps, "n (h w) -> n h w", h=math.isqrt(maps.shape[1]))
         low, high = maps.min().item(), maps.max().item()
         rows.append([heat(m, low, high) for m in maps])
-        rows[-1].append(colour_scale(low, high, rows[-1][0].height))
-    curves = {name: [(r["epoch"], r["refinement"][key]) for r in records] for name, key in
-              (("over the positions", "positions"), ("within an image", "within_image"))}
-    return below([sheet("Does the masking keep what is hard? (Fig. 3)", rows,
-                        ["error, random masks", "kept by semantic masks"],
-                        [f"epoch {r['epoch']}" for r in few]),
-                  plot("correlation of error and keep frequency", curves, "epoch", (640, 260))])
+        names.append(f"{name}\ndark blue: {low:.3g}\nyellow: {high:.3g}")
+    return sheet("Does the masking keep what is hard? (Fig. 3)", rows, names,
+                 [f"epoch {r['epoch']}" for r in few])
 
 
 # ===== 4.4 Attention =====
 
 
-def grad_cam(net: nn.Module, x: Tensor, label: Tensor) -> Tensor:
+def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
     """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM)
 
-    net: a torchvision ResNet in eval mode; x (B, 3, H, W) normalised; label (B,). Returns
-    (B, H, W) from 0 to 1: the last map's channels, each weighed by the mean of the gradient of the
-    class's logit with respect to it; what speaks against the class is cut off.
+    A (B, c', h, w): the last map; gradient (B, c'): of the class's logit with respect to A, summed
+    over its positions. Behind a mean and a linear layer that is the layer's row of the class.
+    Returns (B, size, size) from 0 to 1; what speaks against the class is cut off.
     """
-    A = feature_map(net, x).detach().requires_grad_()
-    with torch.enable_grad():
-        logit = net.fc(A.mean(dim=(2, 3))).gather(1, label[:, None]).sum()
-    weight = torch.autograd.grad(logit, A)[0].mean(dim=(2, 3), keepdim=True)
-    cam = (weight * A).sum(dim=1, keepdim=True).relu().detach()
-    cam = F.interpolate(cam, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    cam = torch.einsum("bk,bkhw->bhw", gradient, A).relu()[:, None]
+    cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]
     return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
-class Classifier:
-    """A saved classifier, ready to predict. Raises Problem."""
+def classifier(path: Path):
+    """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
+    classes they are taken for, attention for those (B, H, W). Raises Problem."""
+    saved = load_file(path)
+    if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
+        raise Problem(f"{path} is no classifier of --eval; give one with --init.")
+    net = build_resnet(saved["arch"])
+    net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
+    net.load_state_dict(saved["model"])
+    net.eval()
 
-    def __init__(self, path: Path):
-        saved = load_file(path)
-        if "classes" not in saved:
-            raise Problem(f"{path} is no classifier of --eval; give one with --init.")
-        self.classes, self.size = saved["classes"], saved["size"]
-        self.colours = saved["mean"], saved["std"]
-        self.net = build_resnet(saved["arch"])
-        self.net.fc = nn.Linear(self.net.fc.in_features, len(self.classes))
-        self.net.load_state_dict(saved["model"])
-        self.net.eval()
-
-    def look(self, paths: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in [0, 1], predictions (B,), attention for them (B, H, W)."""
-        x = read_faces(paths, self.size)
-        inputs = normalise(x, self.colours)
-        with torch.no_grad():
-            label = self.net.fc(feature_map(self.net, inputs).mean(dim=(2, 3))).argmax(dim=1)
-        return x, label, grad_cam(self.net, inputs, label)
+    @torch.no_grad()
+    def look(paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
+        x = read_faces(paths, saved["size"])
+        A = feature_map(net, normalise(x, (saved["mean"], saved["std"])))
+        label = net.fc(A.mean(dim=(2, 3))).argmax(dim=1)
+        return (x, [saved["classes"][k] for k in label.tolist()],
+                grad_cam(A, net.fc.weight[label], saved["size"]))
+    return look
 
 
 def find_classifier(s: Settings, name: str) -> Path | None:
-    """A run's own classifier: of this data if there is one, and linear before others; of the run
-    that is drawn, --init."""
-    if name == s.name and Path(s.init).is_file():
+    """--init for the run itself; else a run's own: of this data before others, linear first."""
+    if name == s.name and s.init:
         return Path(s.init)
     data, found = Path(s.data).resolve().name, []
     for path in sorted(Path("runs", name).glob("eval-*.json")):
@@ -2666,38 +2595,17 @@ def find_classifier(s: Settings, name: str) -> Path | None:
     return min(found)[2] if found else None
 
 
-def figure_attention(classifiers: dict[str, Classifier], pictures: list[tuple]) -> Image.Image:
+def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Image:
     """Grad-CAM for some pictures, a row for each run. (Figs. 1, 6, 8)"""
-    paths, rows, captions = [p for p, _ in pictures], [], []
-    for one in classifiers.values():
-        x, label, cam = one.look(paths)
-        if not rows:
-            rows.append([cell(face) for face in x])
-            captions.append([f"is {true}" if true else "" for _, true in pictures])
-        rows.append([cell(face, attention) for face, attention in zip(x, cam)])
-        captions.append([f"taken: {one.classes[k]}" for k in label.tolist()])
-    return sheet("Where the classifier looks (Grad-CAM; Figs. 1, 6, 8)", rows,
-                 ["picture", *classifiers], captions=captions,
-                 note="Yellow speaks most for the class it was taken for, dark blue not at all.")
-
-
-def figure_mistakes(one: Classifier, pictures: list[tuple], count: int = 16) -> Image.Image | None:
-    """Pictures taken for another class, with where the classifier looked. (Fig. 8 b)"""
-    cells, captions = [], []
-    for k in range(0, len(pictures), 64):
-        some = pictures[k:k + 64]
-        x, label, cam = one.look([p for p, _ in some])
-        for face, attention, guess, (_, true) in zip(x, cam, label.tolist(), some):
-            if true in one.classes and one.classes[guess] != true and len(cells) < 2 * count:
-                cells += [cell(face), cell(face, attention)]
-                captions += [f"is {true}", f"taken: {one.classes[guess]}"]
-        if len(cells) == 2 * count:
-            break
-    if not cells:
-        return None
-    starts = range(0, len(cells), 8)
-    return sheet("Taken for another class (Fig. 8 b)", [cells[i:i + 8] for i in starts],
-                 [""] * len(starts), captions=[captions[i:i + 8] for i in starts])
+    paths, rows = [p for p, _ in pictures], []
+    for look in looks.values():
+        x, guesses, cams = look(paths)
+        rows = rows or [[cell(face, text=f"is\n{true}" if true else "")
+                         for face, (_, true) in zip(x, pictures)]]
+        rows.append([cell(*one) for one in zip(x, cams, (f"taken for\n{g}" for g in guesses))])
+    return sheet(title, rows, ["picture", *looks],
+                 note="Yellow speaks most for the class it was taken for, dark blue not at all; "
+                      "each picture has its own scale.")
 
 
 # ===== 4.4 Numbers =====
@@ -2705,125 +2613,124 @@ def figure_mistakes(one: Classifier, pictures: list[tuple], count: int = 16) -> 
 
 def figure_confusion(result: dict, name: str) -> Image.Image:
     """Rows are what pictures are, columns what they were taken for, in percent. (Fig. 7)"""
-    matrix = torch.tensor(result["confusion"], dtype=torch.float)
-    share = 100 * matrix / matrix.sum(dim=1, keepdim=True).clamp(min=1)
-    classes, cell, left, top = list(result["per_class"]), 58, 130, 78
-    K = len(classes)
-    picture = Image.new("RGB", (left + K * cell + 80, top + K * cell + 2 * LINE), "white")
-    write(picture, GAP, GAP, f"Confusion matrix, {name} (Fig. 7)", 17)
-    write(picture, GAP, top - LINE, "is: / taken for:", 12)
-    picture.paste(heat(share, 0, 100, cell), (left, top))
-    picture.paste(colour_scale(0, 100, K * cell), (left + K * cell + GAP, top))
-    for i, row in enumerate(share.tolist()):
-        write(picture, GAP, top + (i + 0.5) * cell, classes[i], anchor="lm")
-        write(picture, left + (i + 0.5) * cell, top - LINE * (1 + i % 2), classes[i][:11], 12, "ma")
-        for j, value in enumerate(row):
-            ImageDraw.Draw(picture).text(
-                (left + (j + 0.5) * cell, top + (i + 0.5) * cell), f"{value:.1f}",
-                "black" if value > 60 else "white", ImageFont.load_default(14), "mm")
-    write(picture, GAP, picture.height - LINE, f"percent of each row; accuracy "
-          f"{result['accuracy']:.2f} %, mean of the classes {result['mean_accuracy']:.2f} %", 12)
-    return picture
+    counts, names = torch.tensor(result["confusion"]).float(), list(result["per_class"])
+    rows = []
+    for row in 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1):
+        rows.append([heat(v.reshape(1, 1), 0, 100, 84) for v in row])
+        for one, v in zip(rows[-1], row.tolist()):
+            write(one, 42, 42, f"{v:.1f}", 14, "mm", "black" if v > 60 else "white")
+    return sheet(f"{name}: rows are the class, columns what it was taken for, % (Fig. 7)", rows,
+                 names, [n[:14] for n in names],
+                 note=f"accuracy {result['accuracy']:.2f} %, mean of the classes "
+                      f"{result['mean_accuracy']:.2f} %, {result['images']} images")
 
 
 def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
-    """Linear accuracy against α or β, over the runs that differ in it and in nothing but seeds.
-
-    own: the settings of the run that is drawn. None where there is only one value. (Fig. 5)
-    """
+    """Linear accuracy against α or β, the mean of the runs that differ from the run of settings
+    `own` in it and in nothing but seeds; None where there is only one value. (Fig. 5)"""
     points = {}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = run_settings(path.parent.name)
-        if all(settings.get(k) == v for k, v in own.items() if k not in FREE | {key, "seed"}):
+        if all(settings.get(k) == v for k, v in own.items()
+               if k not in FREE | {key, "seed", "data"}):
             accuracy = json.loads(path.read_bytes())["accuracy"]
             points.setdefault(settings.get(key), []).append(accuracy)
-    if len(points) < 2:
-        return None
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
-    return plot(f"linear accuracy against {key}, % (Fig. 5)", {key: curve}, key)
+    return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
 
 
-def figure_curves(records: list[dict]) -> Image.Image | None:
-    """What the log holds of every step, over the steps."""
-    steps = [r for r in records if "rate" in r]
-    keys = [k for k in (steps[0] if steps else ()) if k not in ("step", "epoch", "unreadable")]
-    return below([plot(k, {k: [(r["step"], r[k]) for r in steps]}, "step", (420, 220))
-                  for k in keys], across=2) if keys else None
+def figure_curves(records: list[dict]) -> Image.Image:
+    """What the log holds, over the steps, and the refinement's correlations, over the epochs."""
+    curves = {}
+    for r in records:
+        numbers, x = (r["refinement"], "epoch") if "refinement" in r else (r, "step")
+        for k, v in numbers.items():
+            if isinstance(v, float):
+                k = k if x == "step" else f"correlation (Fig. 3), {k}"
+                curves.setdefault(f"{k}, by {x}", []).append((r[x], v))
+    plots = [plot(*one) for one in curves.items()]
+    return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
 
 # ===== 4.4 All of them =====
 
 
 def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
-    """Held-out pictures with their classes, class after class in turn; else any, with None."""
+    """Pictures with their classes from val/, class after class in turn; else any, with None."""
     folder = find_data(s.data)
-    if not (folder / "val").is_dir() or not class_folders(folder / "val"):
-        return [(p, None) for p in find_pictures(folder)[:count]]
-    classes, paths, labels = labelled_pictures(folder / "val")
+    val = folder / "val" if (folder / "val").is_dir() else folder
+    if val == folder or not class_folders(val):
+        return [(p, None) for p in find_pictures(val)[:count]]
+    classes, paths, labels = labelled_pictures(val)
     order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
     turns = [[i for i in order if labels[i] == k] for k in range(len(classes))]
     chosen = [i for turn in zip_longest(*turns) for i in turn if i is not None]
     return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
 
 
-def load_run(s: Settings) -> tuple[nn.Module, dict]:
-    """The model of run --name, or the same untrained, and its settings. Raises Problem."""
-    known = {f.name for f in fields(Settings)} - {"data", "name"}
-    old = {k: v for k, v in run_settings(s.name).items() if k in known}
-    path = Path("runs", s.name, "checkpoint.pt")
-    if s.init != "random" and not path.exists():
-        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/checkpoint.pt")))
-        raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose one "
-                      f"with --name, or draw an untrained net with --init random.")
-    model = build_model(replace(s, **old))
-    if s.init != "random":
-        try:
-            model.load_state_dict(load_file(path)["model"])
-        except (KeyError, RuntimeError) as error:
-            raise Problem(f"{path} does not fit its own log's settings "
-                          f"({' '.join(str(error).split())[:200]}); repeat that run.") from None
-    return model.eval(), replace(s, **old).__dict__
-
-
 def draw_figures(s: Settings) -> None:
     """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
-    folder, data = Path("runs", s.name), Path(s.data).resolve().name
-    model, settings = load_run(s)
-    colours = run_settings(s.name).get("colours") or colours_of(find_data(s.data))
-    pictures = some_pictures(s, 512)
-    drawn = {}
-    if model.ffl is not None:
-        x = read_faces([p for p, _ in pictures[:8]], settings["ffl_size"])
-        drawn |= {"masks": figure_masks(model, x, colours),
-                  "reconstructions": figure_reconstructions(model, x, colours)}
-    if s.init != "random":
+    folder, trained = Path("runs", s.name), s.init != "random"
+    own, log = run_settings(s.name), folder / "log.jsonl"
+    if trained and len(own) == 2:  # its log has no settings
+        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
+        raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose one "
+                      f"with --name, or draw an untrained net with --init random.")
+    known = {f.name for f in fields(Settings)} - {"data", "name"}
+    model = build_model(replace(s, **{k: v for k, v in own.items() if k in known})).eval()
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    state = "untrained"
+
+    def save(**drawn) -> None:
+        for name, picture in drawn.items():
+            if picture is not None:
+                path = folder / "figures" / f"{name}{'' if trained else '-untrained'}.png"
+                picture = ImageOps.expand(picture, (0, 0, 0, LINE), "white")
+                write(picture, GAP, picture.height - LINE, f"{s.name}, {state}", 12, "la", "grey")
+                write_whole(path, lambda file: picture.save(file, "PNG"))
+                print(path)
+
+    if trained:
         records = []
-        for line in (folder / "log.jsonl").read_text().splitlines():
+        for line in log.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the run may be writing its last line
                 records.append(json.loads(line))
-        drawn["curves"] = figure_curves(records)
         measured = [r for r in records if "refinement" in r]
-        drawn["refinement"] = figure_refinement(measured) if measured else None
+        state = f"epoch {max((r.get('epoch', 0) for r in records), default=0)}"
+        save(curves=figure_curves(records),
+             refinement=figure_refinement(measured) if measured else None)
         for path in sorted(folder.glob("eval-*.json")):
             name = path.stem.removeprefix("eval-")
-            drawn[f"confusion-{name}"] = figure_confusion(json.loads(path.read_bytes()), name)
-        own = {k: v for k, v in run_settings(s.name).items() if k != "data_name"}
+            save(**{f"confusion-{name}": figure_confusion(json.loads(path.read_bytes()), name)})
         for key in ("alpha", "beta"):
-            drawn[key] = figure_sweep(key, own, data)
-        classifiers = {name: Classifier(path) for name in (s.name, *s.compare)
-                       if (path := find_classifier(s, name))}
-        for name in {s.name, *s.compare} - classifiers.keys():
-            print(f"runs/{name} has no classifier, so its attention cannot be drawn; make one "
-                  f"with --eval.")
-        if classifiers:
-            drawn["attention"] = figure_attention(classifiers, pictures[:8])
-            drawn["mistakes"] = figure_mistakes(next(iter(classifiers.values())), pictures)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, picture in drawn.items():
-        if picture is not None:
-            path = folder / "figures" / f"{name}{'-untrained' * (s.init == 'random')}.png"
-            write_whole(path, lambda file: picture.save(file, "PNG"))
-            print(path)
+            save(**{key: figure_sweep(key, own, Path(s.data).resolve().name)})
+        path = folder / "checkpoint.pt"
+        if not path.exists():
+            raise Problem(f"{path} is not written yet, at the end of the first epoch it will be; "
+                          f"only what the log holds is drawn.")
+        load_state(path, load_file(path), model)
+    pictures = some_pictures(s, 512)
+    if model.ffl is not None:
+        x = read_faces([p for p, _ in pictures[:8]], model.ffl.masking.image_size)
+        save(**figures_masks(model, x, own.get("colours") or colours_of(find_data(s.data))))
+    looks = {}
+    for name in (s.name, *s.compare) if trained else ():
+        path = find_classifier(s, name)
+        if path is None:
+            print(f"runs/{name} has no classifier, so its attention is not drawn; make one with "
+                  f"--eval.")
+        else:
+            looks[f"{name}\n{path.stem}"] = classifier(path)
+    if looks:
+        save(attention=figure_attention("Where the classifier looks (Figs. 1, 6, 8)", looks,
+                                        pictures[:8]))
+        look = next(iter(looks.values()))  # the run's own, where it has one
+        parts = (pictures[k:k + 64] for k in range(0, len(pictures), 64))
+        wrong = [*islice((one for part in parts for one, guess in
+                          zip(part, look([p for p, _ in part])[1]) if one[1] not in (None, guess)),
+                         8)]
+        if wrong:
+            save(mistakes=figure_attention("Taken for another class (Fig. 8 b)", looks, wrong))
 
 
 # ================================ Benchmark ================================

@@ -1702,11 +1702,10 @@ def test_random_masks_come_from_u_alone_and_leave_no_gradient_to_the_scores():
 # ---------------------------------------------------------------- Part V: figures
 
 
-def cell(picture, row, column, like, columns=True, lines=0, left=12):
-    """The part of a sheet where that cell lies."""
+def cell(picture, row, column, like, left=12):
+    """The part of a sheet with names of columns where that cell lies."""
     w, h = like.size
-    x = left + column * (w + S.GAP)
-    y = S.TOP + S.LINE * columns + row * (h + S.GAP + S.LINE * lines)
+    x, y = left + column * (w + S.GAP), 3 * S.LINE + row * (h + S.GAP)
     return picture.crop((x, y, x + w, y + h))
 
 
@@ -1717,7 +1716,7 @@ def same_picture(a, b):
 def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals():
     model = small_model().cpu().eval()
     x = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    sheet = S.figure_masks(model, x, (S.MEAN, S.STD))
+    sheet = S.figures_masks(model, x, (S.MEAN, S.STD))["masks"]
     I = S.normalise(x)
     C = model.ffl.grouping(model.backbone(I)[0])
     for face in range(3):
@@ -1740,48 +1739,62 @@ def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals():
 def test_a_perfect_guess_is_drawn_as_the_original_and_only_masked_patches_are_guessed(norm_pix):
     model = small_model(norm_pix=norm_pix).cpu().eval()
     x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
-    group, mae = torch.arange(4), model.ffl.mae
-    mask, whole = S.reconstruct(model, x, group, (S.MEAN, S.STD))
-    kept = mae.unpatchify((1 - mask)[:, :, None].expand(-1, -1, 48)).bool()
+    u, mae = torch.arange(4)[:, None] / 4, model.ffl.mae
+    masked, whole = S.reconstruct(model, x, u, (S.MEAN, S.STD))
+    kept = masked != 0.5
+    assert kept.float().mean() == 12 / 49
     torch.testing.assert_close(whole[kept], x[kept])
     assert (whole - x)[~kept].abs().mean() > 0.05
     mae.decode = lambda tokens, keep: mae.target(mae.patchify(S.normalise(x)))
-    torch.testing.assert_close(S.reconstruct(model, x, group, (S.MEAN, S.STD))[1], x, atol=1e-4,
-                               rtol=0)
+    torch.testing.assert_close(S.reconstruct(model, x, u, (S.MEAN, S.STD))[1], x, atol=1e-4, rtol=0)
+
+
+def saved_classifier(path, net, classes, size, arch="small"):
+    torch.save(dict(model=net.state_dict(), classes=classes, size=size, arch=arch, mean=S.MEAN,
+                    std=S.STD), path)
+    return S.classifier(path)
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 1)])
-def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, monkeypatch):
+def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, monkeypatch,
+                                                                 tmp_path):
     def one_quadrant(net, x):
-        A = F.avg_pool2d(x, 8).clone()  # (B, 3, 4, 4)
-        outside = torch.ones(4, 4)
-        outside[2 * row:2 * row + 2, 2 * column:2 * column + 2] = 0
-        A[:, 0] = A[:, 0] * (1 - outside)  # channel 0 sees the quadrant alone, channel 1 the rest
-        A[:, 1] = A[:, 1] * outside
+        A = torch.zeros(len(x), 256, 4, 4)
+        A[:, 1] = 1  # channel 0 sees the quadrant alone, channel 1 the rest
+        for k in (0, 1):
+            A[:, k, 2 * row:2 * row + 2, 2 * column:2 * column + 2] = 1 - k
         return A
 
-    net = nn.Module()
-    net.fc = nn.Linear(3, 2)
-    with torch.no_grad():
-        net.fc.weight.copy_(torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]]))
-    monkeypatch.setattr(S, "feature_map", one_quadrant)
-    cam = S.grad_cam(net, torch.ones(2, 3, 32, 32), torch.tensor([0, 1]))
+    net = S.small_resnet()
+    net.fc = nn.Linear(256, 2)
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[16 * row:16 * row + 16, 16 * column:16 * column + 16] = True
-    for lit, share in ((cam[0], inside), (cam[1], ~inside)):
-        assert lit.amax() == 1 and lit[share].mean() > 5 * lit[~share].mean()
+    path = put(tmp_path / "face.png", (40, 30))
+    monkeypatch.setattr(S, "feature_map", one_quadrant)
+    for answer, share in ((0, inside), (1, ~inside)):
+        with torch.no_grad():
+            net.fc.weight.zero_()
+            net.fc.weight[:, 0] = torch.tensor([9.0, -9.0]) if answer == 0 else 0
+            net.fc.weight[:, 1] = torch.tensor([-1.0, 1.0])
+            net.fc.bias.copy_(torch.tensor([1.0, 0.0]) if answer == 0 else torch.zeros(2))
+        x, guess, cam = saved_classifier(tmp_path / "c.pt", net, ["yes", "no"], 32)([path])
+        assert guess == [["yes", "no"][answer]] and x.shape == (1, 3, 32, 32)
+        assert cam.amax() == 1 and cam[0][share].mean() > 5 * cam[0][~share].mean()
 
 
-def test_grad_cam_weighs_the_channels_by_the_gradient_of_the_logit():
+def test_grad_cam_weighs_the_channels_by_the_gradient_of_the_logit(tmp_path):
     torch.manual_seed(0)
-    net, x = S.small_resnet(8).eval(), seeded(2, 3, 32, 32)
-    net.fc = nn.Linear(64, 3)
-    label = torch.tensor([2, 1])
-    A = S.feature_map(net, x)  # behind a mean, the gradient is the head's own weight
-    expected = torch.einsum("bk,bkhw->bhw", net.fc.weight[label], A).relu()[:, None]
+    net = S.small_resnet().eval()
+    net.fc = nn.Linear(256, 3)
+    path = put(tmp_path / "face.png", (40, 30))
+    x, guess, cam = saved_classifier(tmp_path / "c.pt", net, ["a", "b", "c"], 32)([path])
+    A = S.feature_map(net, S.normalise(x)).detach().requires_grad_()
+    logits = net.fc(A.mean(dim=(2, 3)))[0]
+    assert guess == ["abc"[logits.argmax()]]
+    weight = torch.autograd.grad(logits.max(), A)[0].mean(dim=(2, 3), keepdim=True)
+    expected = (weight * A).sum(dim=1, keepdim=True).relu()
     expected = F.interpolate(expected, (32, 32), mode="bilinear")[:, 0]
-    torch.testing.assert_close(S.grad_cam(net, x, label),
-                               (expected / expected.amax((1, 2), keepdim=True)).detach())
+    torch.testing.assert_close(cam, (expected / expected.amax()).detach())
 
 
 class Texts:
@@ -1800,12 +1813,16 @@ def test_the_cells_of_a_confusion_matrix_hold_its_numbers(monkeypatch):
     texts = Texts(monkeypatch)
     result = S.summary(torch.tensor([[6, 2, 0], [1, 8, 1], [0, 3, 1]]), ["0_a", "1_b", "2_c"])
     picture = S.figure_confusion(result, "linear-x")
+    measure = S.ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    font = S.ImageFont.load_default(13)
+    left = round(max(measure.textbbox((0, 0), name, font=font)[2] for name in result["per_class"])
+                 + 2 * S.GAP)
     for i, row in enumerate([[75.0, 25.0, 0.0], [10.0, 80.0, 10.0], [0.0, 75.0, 25.0]]):
         for j, value in enumerate(row):
-            x, y = 130 + (j + 0.5) * 58, 78 + (i + 0.5) * 58
-            assert (x, y) in texts.at(f"{value:.1f}")
-            colour = S.heat(torch.tensor([[value]]), 0, 100).getpixel((0, 0))
-            assert picture.getpixel((int(x - 25), int(y - 25))) == colour
+            assert texts.at(f"{value:.1f}")
+            like = S.heat(torch.tensor([[value]]), 0, 100, 84)
+            S.write(like, 42, 42, f"{value:.1f}", 14, "mm", "black" if value > 60 else "white")
+            assert same_picture(cell(picture, i, j, like, left=left), like)
     words = " ".join(t for t, _ in texts.all)
     assert "accuracy 68.18 %" in words and "0_a" in words and "linear-x" in words
 
@@ -1814,14 +1831,15 @@ def test_heat_rises_with_the_number_and_fig3_shows_the_maps_of_the_log():
     greys = [S.heat(torch.tensor([[v]]), 0, 1).convert("L").getpixel((0, 0))
              for v in torch.linspace(0, 1, 20).tolist()]
     assert greys == sorted(greys) and greys[0] < 60 and greys[-1] > 200
+    assert S.heat(torch.tensor([[math.nan]]), 0, 1).convert("L").getpixel((0, 0)) == greys[0]
     maps = [torch.rand(49, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     records = [dict(epoch=e + 1, refinement=dict(
         error_map=maps[e].tolist(), keep_map=maps[3 + e].tolist(), positions=0.1 * e,
         within_image=0.2)) for e in range(3)]
     picture, low, high = S.figure_refinement(records), 1, 0
     like = Image.new("RGB", (112, 112))
-    measure = S.ImageDraw.Draw(like).textlength("kept by semantic masks",
-                                                S.ImageFont.load_default(13))
+    measure = S.ImageDraw.Draw(like).textbbox((0, 0), "error under random masks",
+                                              font=S.ImageFont.load_default(13))[2]
     for row in range(2):
         some = torch.stack(maps[3 * row:3 * row + 3])
         low, high = some.min().item(), some.max().item()
@@ -1832,8 +1850,9 @@ def test_heat_rises_with_the_number_and_fig3_shows_the_maps_of_the_log():
 
 
 def test_a_log_with_numbers_that_are_not_finite_is_drawn():
-    S.plot("x", {"a": [(1, math.inf), (2, math.nan), (3, 2.0)], "b": [(1, math.nan)]}, "step")
-    S.heat(torch.tensor([[math.nan, 1.0]]), 0, 1)
+    log = [dict(step=i, rate=0.1, L_s=v) for i, v in enumerate((math.inf, math.nan, 2.0))]
+    log += [dict(step=9, epoch=1, refinement=dict(positions=math.nan, error_map=[]))]
+    assert S.figure_curves(log).width > 800
 
 
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
@@ -1845,9 +1864,9 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
         text(tmp_path / f"runs/{name}/log.jsonl", json.dumps({"settings": base | more}) + "\n")
         text(tmp_path / f"runs/{name}/eval-linear-faces.json", json.dumps(dict(accuracy=accuracy)))
     seen = {}
-    monkeypatch.setattr(S, "plot", lambda title, curves, x: seen.update(curves))
+    monkeypatch.setattr(S, "plot", lambda title, curve: seen.update({title: curve}))
     S.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
-    assert seen == {"alpha": [(0.2, 40.0), (0.3, 45.0)]}
+    assert list(seen.values()) == [[(0.2, 40.0), (0.3, 45.0)]] and "against alpha" in str(seen)
     assert S.figure_sweep("beta", base | dict(alpha=0.2), "faces") is None
 
 
@@ -1862,6 +1881,9 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert "runs/nobody has no classifier" in out
     names = {p.stem for p in folder.glob("*.png")}
     assert names >= {"masks", "reconstructions", "curves", "confusion-linear-colours", "attention"}
+    typo = complaint(["--data", "colours", "--figures", "--init", "rundom"], trained, monkeypatch,
+                     capsys)
+    assert "rundom" in typo
     assert in_process("--data", "colours", "--figures", "--init", "random", cwd=trained,
                       monkeypatch=monkeypatch) == 0
     args = [*args, "--init", "random"]  # a classifier of another net is not the run's
