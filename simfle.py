@@ -985,35 +985,31 @@ def find_data(name: str) -> Path:
     for folder in (Path(name), HERE / "data" / name):
         if folder.is_dir():
             return folder
-    there = sorted(p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir())
-    kind = name.removesuffix("7")
-    order = (f"python data/prepare.py {kind} --src DOWNLOAD` makes it of the owners' archives"
-             if kind in ("affectnet", "rafdb", "ferplus", "sfew") else
-             "python data/toy.py` draws toy faces")
-    raise Problem(f"there is no dataset {name}: neither a folder of that name nor "
-                  f"{HERE / 'data' / name}; in data/ there is {', '.join(there) or 'nothing'} "
-                  f"(`{order}).")
+    there = ", ".join(sorted(p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()))
+    raise Problem(f"there is no dataset {name}: neither a folder of that name nor {folder}; in "
+                  f"data/ there is {there or 'nothing'} (`python data/prepare.py NAME --src "
+                  f"DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
 
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and deviation of a dataset's channels, by which its pictures are normalised. (Sec. B.4)
 
     Paper: "For RAF-DB and SFEW, values computed from AffectNet were used, and for FERPlus, values
-    recalculated from FERPlus". Those are in the stats.json that data/prepare.py writes, marked as
-    `own_colours`; all others get AffectNet's. Raises Problem.
+    recalculated from FERPlus": where stats.json, which data/prepare.py writes, says `own_colours`,
+    its own; else AffectNet's. Raises Problem.
     """
     path = folder / "stats.json"
     try:
         stats = json.loads(path.read_bytes()) if path.exists() else {"own_colours": False}
         if not stats["own_colours"]:
             return list(MEAN), list(STD)
-        mean, std = ([float(v) for v in stats[k]] for k in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
-            raise ValueError
-        return mean, std
-    except (OSError, ValueError, KeyError, TypeError):
-        raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make "
-                      f"it again with data/prepare.py, or remove it.") from None
+        mean, std = ([float(stats[k][c]) for c in range(3)] for k in ("mean", "std"))
+        if min(std) > 0:
+            return mean, std
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make it "
+                  f"again with data/prepare.py, or remove it.")
 
 
 def find_pictures(folder: Path) -> list[str]:
@@ -1028,8 +1024,8 @@ def find_pictures(folder: Path) -> list[str]:
         found += [os.path.join(parent, f) for f in files
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in readable]
     if not found:
-        raise Problem(f"{folder} holds no pictures, at no depth; put some there (such as "
-                      f"{folder / 'anything.jpg'}) or give another --data.")
+        raise Problem(f"{folder} holds no pictures, at no depth; put some there or give another "
+                      f"--data.")
     return sorted(found)
 
 
@@ -1051,18 +1047,18 @@ def throw(picture: Image.Image, crops: int, dice: int, crop_min: float, *key):
 
 
 DICE_PER_VIEW = 9  # flip, jitter or not, 4 strengths, grey, blur or not, its width
-TRIES = 64  # unreadable pictures in a row that are stepped over
 
 
 class Faces(Dataset):
-    """What a step needs of one image. faces[epoch, index, 1.0] -> a dict of tensors (Sec. 3.1,
-    4.1):
+    """What a step needs of one image. faces[epoch, index, 1.0] -> a dict of tensors. (Sec. 4.1)
 
     views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
     resized; dice (19,) uniform in [0, 1) for what happens on the device, 9 a view and `dice` for
     the masking; index (); unreadable (), 1 where this picture could not be read and the next one
     that can took its place. The weight that `Batches` adds to the key is 1 in pre-training.
     """
+
+    tries = 64  # pictures that are tried, one after the other, before a black one is given
 
     def __init__(self, paths: list[str], view_size: int, ffl_size: int, crop_min: float, seed: int,
                  dice: int = 1):
@@ -1075,10 +1071,10 @@ class Faces(Dataset):
 
     def read(self, index: int) -> tuple[Image.Image, bool]:
         """The picture, or the next that can be read; and whether it could not."""
-        for bad in range(TRIES):
+        for bad in range(self.tries):
             with contextlib.suppress(Exception):  # Pillow raises many kinds for broken files
                 return read_picture(self.paths[(index + bad) % len(self)]), bad > 0
-        return Image.new("RGB", (8, 8)), True  # a black one; so many in a row soon end the run
+        return Image.new("RGB", (8, 8)), True
 
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
         epoch, index, _ = key
@@ -1111,22 +1107,22 @@ def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, f: Tensor) -> Tensor:
-    """Towards black (Sec. 4.1, SimCLR)."""
+    """Towards black. (Sec. 4.1, SimCLR)"""
     return blend(x, 0.0, f)
 
 
 def adjust_contrast(x: Tensor, f: Tensor) -> Tensor:
-    """Towards the picture's mean grey (Sec. 4.1, SimCLR)."""
+    """Towards the picture's mean grey. (Sec. 4.1, SimCLR)"""
     return blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f)
 
 
 def adjust_saturation(x: Tensor, f: Tensor) -> Tensor:
-    """Towards the picture in grey (Sec. 4.1, SimCLR)."""
+    """Towards the picture in grey. (Sec. 4.1, SimCLR)"""
     return blend(x, grey(x), f)
 
 
 def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
-    """Turns the hue by f of a circle, -0.5 to 0.5 (Sec. 4.1, SimCLR)."""
+    """Turns the hue by f of a circle, -0.5 to 0.5. (Sec. 4.1, SimCLR)"""
     value, _ = x.max(dim=1)
     chroma = value - x.min(dim=1).values
     r, g, b = x.unbind(dim=1)
@@ -1141,12 +1137,10 @@ def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Blurs image b by a Gaussian of sigma[b] pixels; sigma 0 leaves it as it is. (Sec. 4.1,
-    SimCLR)
+    """Blurs image b by sigma[b] pixels, (B,); 0 leaves it as it is. (Sec. 4.1, SimCLR)
 
     kernel: taps, odd. A blur of the rows is a matrix K (H × H), mirrored borders and all, so the
-    whole of it is K x Kᵀ: two batched products with one matrix per image, whatever each one's
-    sigma.
+    whole is K x Kᵀ: two batched products with one matrix per image, whatever each one's sigma.
     """
     tap = torch.arange(kernel, device=x.device) - kernel // 2
     weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]).square())  # (B, 23)
@@ -1181,10 +1175,8 @@ def augment(x: Tensor, dice: Tensor, order: list[int], colours=(MEAN, STD)) -> T
     flip, jitter, *strengths, to_grey, blur, width = dice.unbind(dim=1)
     x = x / 255
     x = torch.where((flip < 0.5)[:, None, None, None], x.flip(3), x)
-    for which in order:
+    for which in order:  # by 1 ± 0.8, the hue by ± 0.2; where there is no jitter, by 1 and 0
         hue = JITTER[which] is adjust_hue
-        # Uniform in 1 ± 0.8, for the hue in 0 ± 0.2; where there is no jitter, what changes
-        # nothing.
         f = (2 * strengths[which] - 1) * (0.2 if hue else 0.8)
         x = JITTER[which](x, torch.where(jitter < 0.8, f, 0.0) + (0 if hue else 1))
     x = torch.where((to_grey < 0.2)[:, None, None, None], grey(x), x)
@@ -1244,7 +1236,6 @@ class Batches:
         while self.step(epoch, done) < self.total:
             if self.ends(done):
                 epoch, done = epoch + 1, 0
-                continue
             yield epoch, done
             done += self.batch
 
@@ -1252,8 +1243,7 @@ class Batches:
         draw = stream_of(self.seed, epoch)
         if self.weights is None:
             return torch.randperm(self.images, generator=draw).tolist()
-        return torch.multinomial(self.weights, self.images, replacement=True,
-                                 generator=draw).tolist()
+        return torch.multinomial(self.weights, self.images, True, generator=draw).tolist()
 
     def __iter__(self):
         drawn = None
@@ -1299,26 +1289,24 @@ def processes():
     cuda = torch.cuda.is_available()
     if cuda and local_size > torch.cuda.device_count():
         raise Problem(f"{local_size} processes were started on a machine with "
-                      f"{torch.cuda.device_count()} GPUs; start no more than that with "
-                      f"--nproc_per_node.")
+                      f"{torch.cuda.device_count()} GPUs; start no more with --nproc_per_node.")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         # bf16 is fast enough; what is left in fp32 is there for its precision, so no TF32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
+    world = World(rank, size, device, local_size)
     if "RANK" not in os.environ:
-        yield World(rank, size, device, local_size)
+        yield world
         return
     # After `torchrun --max-restarts` the store still holds the addresses of those that have died.
     store, *_ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                             device_id=device if cuda else None)
-    yield World(rank, size, device, local_size)
-    # Not in a `finally`: where one process failed, waiting for the others to say goodbye would
-    # hang.
-    dist.destroy_process_group()
+    yield world
+    dist.destroy_process_group()  # not in a `finally`: after a failure this would wait for ever
 
 
 def gather(world: World, x: Tensor) -> Tensor:
@@ -1361,8 +1349,7 @@ def agree(world: World, make):
 def write_whole(path: Path, write) -> None:
     """Lets `write(file)` fill a temporary file, which takes path's place once it is safe on disk.
 
-    A crash leaves the old file or the new one, never half of one. Raises Problem where the disk
-    does.
+    A crash leaves the old file or the new one, never half of one. Raises Problem.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -1396,22 +1383,13 @@ def load_file(path: Path) -> dict:
     """A file of torch.save, without running code that it may carry. Raises Problem."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict):
+            return content
+        reason = "no dict"
     except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
         reason = str(error).strip().split("\n")[0][:150]
-        raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); move it away or "
-                      f"start over with --fresh.") from None
-    if not isinstance(content, dict):
-        raise Problem(f"{path} is not a checkpoint; move it away or start over with --fresh.")
-    return content
-
-
-def same_settings(path: Path, old: dict, new: dict) -> None:
-    """Raises Problem that names every setting in which a checkpoint differs from this command."""
-    differ = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted(old.keys() | new)
-              if k not in FREE and old.get(k) != new.get(k)]
-    if differ:
-        raise Problem(f"{path} comes from other settings ({'; '.join(differ)}); repeat them, give "
-                      f"this run another name with --name, or start over with --fresh.")
+    raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); move it away or "
+                  f"start over with --fresh.")
 
 
 def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> None:
@@ -1424,19 +1402,6 @@ def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> Non
         reason = " ".join(str(error).split())[:300]
         raise Problem(f"{path} does not fit this model ({reason}); move it away or start over with "
                       f"--fresh.") from None
-
-
-def share_state(model: nn.Module, optimizer) -> None:
-    """Process 0's weights, buffers and momentum, to all: only it needs to see the disk."""
-    started = [bool(optimizer.state)]
-    dist.broadcast_object_list(started)
-    for tensor in model.state_dict().values():
-        dist.broadcast(tensor, 0)
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if started[0]:
-            state = optimizer.state[p]
-            state.setdefault("momentum_buffer", torch.zeros_like(p))
-            dist.broadcast(state["momentum_buffer"], 0)
 
 
 # ===== 4.1 What is watched =====
@@ -1456,8 +1421,7 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
     images: (N, 3, 112, 112) uint8, held out. The error of every patch under random masks, the mean
     over the rounds in which it is masked; the share of the groups that keep it; and their
     correlation, over the 49 positions, of the means over all images, and within an image, averaged.
-    Eval mode, always the same masks; weights and buffers are left as they are. Any masking can be
-    measured by it.
+    Eval mode, always the same masks; weights and buffers stay. Any masking can be measured by it.
     """
     device, masking = next(model.parameters()).device, model.ffl.masking
     draw, was_training = stream_of("measure"), model.training
@@ -1466,15 +1430,14 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
     for chunk in images.split(64):
         I = normalise(chunk.to(device), colours)  # noqa: E741
         C = model.ffl.grouping(model.backbone(I)[0])
-        kept = 0
-        for g in range(masking.groups):
-            a = masking.scores(C, torch.full((len(I),), g, device=device))
-            kept = kept + 1 - mask_lowest(a, masking.ratio)[1]
-        keeps.append(kept / masking.groups)
-        rank, N_p = torch.rand(kept.shape, generator=draw).argsort(dim=1), kept.shape[1]
+        keeps.append(sum(1 - mask_lowest(masking.scores(C, group), masking.ratio)[1]
+                         for group in torch.arange(masking.groups, device=device)
+                         [:, None].expand(-1, len(I))) / masking.groups)
+        rank = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1)
         error = times = shift = 0
         for _ in range(rounds):  # each keeps the next few of one random order: all get masked
-            keep, mask = mask_lowest(((rank + shift) % N_p).float().to(device), masking.ratio)
+            keep, mask = mask_lowest(((rank + shift) % rank.shape[1]).float().to(device),
+                                     masking.ratio)
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
             shift += keep.shape[1]
         errors.append(error / times.clamp(min=1))
@@ -1491,7 +1454,6 @@ class Status:
 
     def __init__(self, total: int, quiet: bool):
         self.total, self.quiet, self.terminal = total, quiet, sys.stdout.isatty()
-        self.seconds = 0.5 if self.terminal else 5.0
         self.start(0)
 
     def start(self, step: int) -> None:
@@ -1499,22 +1461,18 @@ class Status:
         self.first_step, self.first_time, self.last = step, time.perf_counter(), 0.0
         self.waited = self.images = 0
 
-    def due(self, step: int) -> bool:
-        return not self.quiet and (time.perf_counter() - self.last >= self.seconds
-                                   or step in (self.first_step + 1, self.total))
-
     def show(self, step: int, text: str) -> None:
-        """`text` with speed and time left, after `step` steps of the total."""
-        now = time.perf_counter()
+        """`text` with speed and time left, after `step` steps, if it is time for it."""
+        now, ends = time.perf_counter(), step in (self.first_step + 1, self.total)
+        if self.quiet or not ends and now - self.last < (0.5 if self.terminal else 5.0):
+            return
         self.last, spent = now, max(now - self.first_time, 1e-9)
         left = spent / max(step - self.first_step, 1) * (self.total - step)
         line = (f"step {step}/{self.total}  {text}  {self.images / spent:.0f} images/s  "
                 f"waiting {self.waited / spent:.0%}  left {timedelta(seconds=round(left))}")
         if self.terminal:
-            width = os.get_terminal_size(sys.stdout.fileno()).columns
-            print("\r\033[K" + line[:max(1, width - 1)], end="", flush=True)
-        else:
-            print(line, flush=True)
+            line = "\r\033[K" + line[:max(1, os.get_terminal_size().columns - 1)]
+        print(line, end="" if self.terminal else "\n", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -1548,8 +1506,7 @@ class Log:
                               f"the same command again: it goes on.") from None
 
     def state(self) -> dict:
-        """What a checkpoint needs, so that a run that goes on writes the log of one that did not
-        stop."""
+        """For a checkpoint: so the log of a run that goes on is that of one that did not stop."""
         return dict(bytes=self.path.stat().st_size, sums=self.sums, count=self.count)
 
     def restore(self, state: dict) -> None:
@@ -1581,9 +1538,8 @@ class Run:
     ignored = frozenset()  # settings that mean nothing to this kind of run
     partial = False  # whether an epoch's last, smaller batch is used
     told_to_stop = False
-    forgiving = True  # whether one unreadable picture in a hundred is stepped over, in each epoch
 
-    def __init__(self, s: Settings, world: World, faces: Dataset, model: nn.Module,
+    def __init__(self, s: Settings, world: World, faces: Faces, model: nn.Module,
                  trained: nn.Module, suffix: str = "", weights: Tensor | None = None, **more):
         self.s, self.world, self.faces, self.trained = s, world, faces, trained
         self.warned, self.folder = set(), Path("runs", s.name)
@@ -1591,8 +1547,7 @@ class Run:
         self.settings = {k: v for k, v in asdict(s).items() if k not in self.ignored}
         self.colours = agree(world, lambda: colours_of(find_data(s.data)))
         self.settings |= {"pictures": len(faces), "colours": list(self.colours)} | more
-        # Departure 10: ⌊256/W⌋ images a process, 255 in all on three. The rate follows what is
-        # true.
+        # Departure 10: ⌊256/W⌋ images a process, 255 on three. The rate follows what is true.
         batch = s.batch_size // world.size * world.size
         if batch < 2 * world.size:
             raise Problem(f"--batch-size {s.batch_size} leaves fewer than 2 images to each of "
@@ -1602,22 +1557,25 @@ class Run:
                           f"a batch of {batch}; lower --batch-size or add pictures.")
         self.rate, self.share = s.lr * batch / 256, batch // world.size
         self.model = model.to(world.device, memory_format=torch.channels_last)
+        cuda = world.device.type == "cuda"
         self.optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad],
                                          lr=self.rate, momentum=s.momentum,
-                                         weight_decay=s.weight_decay,
-                                         fused=world.device.type == "cuda")
+                                         weight_decay=s.weight_decay, fused=cuda)
         self.log = Log(self.folder / f"log{suffix}.jsonl", world.first)
-        place = agree(world, self.resume)
-        for group in self.optimizer.param_groups:  # whatever the checkpoint's machine was
-            group["fused"] = world.device.type == "cuda"
+        saved = agree(world, self.find_checkpoint)  # only process 0 needs to see the disk
+        if saved:
+            load_state(self.checkpoint, saved, self.model, self.optimizer)
+            for group in self.optimizer.param_groups:  # whatever the checkpoint's machine was
+                group["fused"] = cuda
+        place = agree(world, lambda: self.start(saved))
         total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
         self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size, *place,
                                partial=self.partial, weights=weights)
         self.status = Status(total, quiet=not world.first)
         self.wrapped = self.wrap()
 
-    def resume(self) -> tuple[int, int]:
-        """The place to go on from: the checkpoint's, if there is one. Raises Problem."""
+    def find_checkpoint(self) -> dict | None:
+        """The checkpoint to go on from, if there is one. Raises Problem."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = keep_others_away(self.checkpoint.with_suffix(".lock"))
         if self.s.fresh:  # gone at once: a new log beside an old checkpoint would deceive
@@ -1625,15 +1583,25 @@ class Run:
             if not self.s.eval:
                 (self.folder / "backbone.pt").unlink(missing_ok=True)
         if not self.checkpoint.exists():
+            return None
+        saved, now = load_file(self.checkpoint), self.settings
+        if not saved.keys() >= {"settings", "model", "optimizer", "place", "share", "log"}:
+            raise Problem(f"{self.checkpoint} is no checkpoint of this program; move it away or "
+                          f"start over with --fresh.")
+        old = saved["settings"]
+        differ = [f"{k} was {old.get(k)!r} and is now {now.get(k)!r}"
+                  for k in sorted(old.keys() | now) if k not in FREE and old.get(k) != now.get(k)]
+        if differ:
+            raise Problem(f"{self.checkpoint} comes from other settings ({'; '.join(differ)}); "
+                          f"repeat them, give this run another --name, or start over with --fresh.")
+        return saved
+
+    def start(self, saved: dict | None) -> tuple[int, int]:
+        """Begins the log, or goes on with it; the place where the run stands. Raises Problem."""
+        if saved is None:
             self.log.path.write_bytes(b"")
             self.log.write({"settings": self.settings})
             return 0, 0
-        saved = load_file(self.checkpoint)
-        if not saved.keys() >= {"settings", "model", "optimizer", "place", "share", "log"}:
-            raise Problem(f"{self.checkpoint} is no checkpoint of this program; move it away "
-                          f"or start over with --fresh.")
-        same_settings(self.checkpoint, saved["settings"], self.settings)
-        load_state(self.checkpoint, saved, self.model, self.optimizer)
         self.log.restore(saved["log"])
         if saved["share"] != self.share:
             print(f"simfle: each process now sees {self.share} images of a step, where it saw "
@@ -1651,28 +1619,33 @@ class Run:
         """The trained module as a step calls it: across processes, compiled if asked."""
         wrapped = self.trained
         if self.world.size > 1:
-            share_state(self.model, self.optimizer)
-            with warnings.catch_warnings():  # newer versions spell broadcast_buffers otherwise
-                warnings.simplefilter("ignore", FutureWarning)
-                wrapped = DistributedDataParallel(
-                    wrapped, broadcast_buffers=False,  # departure 11: BatchNorm is local
-                    gradient_as_bucket_view=True)
-            # After its first backward pass DDP lays its buckets anew, in the order in which
-            # gradients came; with three processes that changes the order of their sums. A run that
-            # goes on would take its first step with the old buckets where an uninterrupted one has
-            # the new, and no longer be bit-equal. So the first pass is one that is thrown away.
-            buffers = [(b, b.clone()) for b in self.model.buffers()]
-            with self.mixed_precision():
-                loss = self.rehearsal(wrapped)
-            loss.backward()
-            self.optimizer.zero_grad()
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # newer ones spell it otherwise
+            wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True,
+                                              broadcast_buffers=False)  # departure 11: local
         return torch.compile(wrapped) if self.s.compile else wrapped
 
-    def rehearsal(self, wrapped: nn.Module) -> Tensor:
-        """A loss of any pictures, by every weight that is trained. Each kind of run has its own."""
+    def rehearse(self, batch: dict[str, Tensor], place: tuple[int, int]) -> None:
+        """Throws the first gradients away, and takes back what their forward pass changed.
+
+        After its first backward pass DDP lays its buckets anew, in the order in which gradients
+        came; with three processes that changes the order of their sums. A run that goes on would
+        take its first step with the old buckets where an uninterrupted one has the new, and no
+        longer be bit-equal.
+        """
+        buffers = [(b, b.clone()) for b in self.model.buffers()]
+        self.backward(batch, place)
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def backward(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
+        """The gradients of a step, and its scalars."""
+        batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
+        with self.mixed_precision():  # departure 14
+            parts = self.losses(batch, place)
+        parts["loss"].backward()
+        return parts | {"unreadable": batch["unreadable"].sum() * self.world.size}
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         """The scalars of a step, "loss" with gradient. Each kind of run has its own."""
@@ -1711,13 +1684,9 @@ class Run:
         Raises Problem, in every process and before any weight moves, for a loss or a gradient that
         is not finite.
         """
-        batch = {k: v.to(self.world.device, non_blocking=True) for k, v in batch.items()}
-        with self.mixed_precision():  # departure 14
-            parts = self.losses(batch, place)
-        parts["loss"].backward()
+        parts = self.backward(batch, place)
         gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         parts["gradient"] = torch.stack(torch._foreach_norm(gradients)).norm()
-        parts["unreadable"] = batch["unreadable"].sum() * self.world.size
         parts["stop"] = torch.full_like(parts["gradient"], self.told_to_stop * self.world.size)
         # The one place where the host waits for the device, and processes for each other beside
         # DDP's own sums. A NaN anywhere is a NaN in the sum, everywhere.
@@ -1726,12 +1695,11 @@ class Run:
             dist.all_reduce(values)
         values = dict(zip(parts, (values / self.world.size).tolist()))
         if not math.isfinite(values["loss"] + values["gradient"]):
-            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items()
-                              if k in (*self.shown, "gradient"))
-            step = self.batches.step(*place) + 1
-            raise Problem(f"loss or gradient is not finite in step {step} of epoch {place[0] + 1} "
-                          f"({shown}), so it was not taken and the last checkpoint is good; a "
-                          f"lower --lr may help.")
+            shown = ", ".join(f"{k} {values[k]:.4g}" for k in (*self.shown, "gradient")
+                              if k in values)
+            raise Problem(f"loss or gradient is not finite in step {self.batches.step(*place) + 1} "
+                          f"of epoch {place[0] + 1} ({shown}), so it was not taken and the last "
+                          f"checkpoint is good; a lower --lr may help.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -1739,14 +1707,15 @@ class Run:
         self.stepped()
         return values
 
-    def check_pictures(self, faces: Dataset, batch: dict[str, Tensor], unreadable: float) -> None:
-        """Names this batch's unreadable pictures, each once. Raises Problem for too many in all."""
+    def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
+        """Names this batch's unreadable pictures, each once. Raises Problem for too many in all:
+        one in a hundred may be replaced by another, none by a black one."""
         for index in batch["index"][batch["unreadable"] > 0].tolist():
             if index not in self.warned:
                 self.warned.add(index)
                 print(f"\nsimfle: {faces.paths[index]} cannot be read.", file=sys.stderr,
                       flush=True)
-        if unreadable > (max(1, len(faces) / 100) if self.forgiving else 0):
+        if unreadable > (max(1, len(faces) / 100) if faces.tries > 1 else 0):
             raise Problem(f"{unreadable:.0f} pictures of {find_data(self.s.data)} cannot be read, "
                           f"too many to go on; mend or remove those that are named above.")
 
@@ -1762,9 +1731,12 @@ class Run:
 
     def take_steps(self) -> None:
         batches, status, world = self.batches, self.status, self.world
-        step = batches.step(batches.epoch, batches.done)
-        self.greet(step)
-        unreadable = 0.0
+        step, unreadable = batches.step(batches.epoch, batches.done), 0.0
+        status.say(f"{self.checkpoint}: {len(self.faces):,} pictures, {batches.total:,} steps of "
+                   f"{batches.batch} images ({world.size} × {self.share} on {world.device.type}), "
+                   f"rate {self.rate:g}"
+                   + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
+                   + ("; complete, --fresh would start over" if step >= batches.total else ""))
         loading = iter(self.loader(self.faces, batches))
         self.wrapped.train(self.model.training)
         status.start(step)
@@ -1772,23 +1744,23 @@ class Run:
             before = time.perf_counter()
             batch = next(loading)
             status.waited += time.perf_counter() - before
+            if world.size > 1 and step == status.first_step:
+                self.rehearse(batch, (epoch, done))
             rate = self.rate * self.schedule(step / batches.total)
             values = self.step(batch, (epoch, done), rate)
-            step, status.images = step + 1, status.images + batches.batch
+            step, status.images = step + 1, status.images + len(batch["index"]) * world.size
             unreadable = values.pop("unreadable") + (unreadable if done else 0)
             self.check_pictures(self.faces, batch, unreadable)
             stop, last = values.pop("stop") > 0, step == batches.total
             self.log.add(step, epoch, rate, values, step % self.s.log_every == 0 or last)
-            if status.due(step):
-                status.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  "
-                            + "  ".join(f"{k} {values[k]:.3f}" for k in self.shown
-                                        if k in values))
+            status.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  " + "  ".join(
+                f"{k} {values[k]:.3f}" for k in self.shown if k in values))
             done += batches.batch
             ends = batches.ends(done) or last
             if ends and world.first:
                 self.epoch_ends(epoch, step)
-            if world.first and (ends or stop or self.s.save_every and not
-                                step % self.s.save_every):
+            due = self.s.save_every and step % self.s.save_every == 0
+            if world.first and (ends or stop or due):
                 self.save((epoch, done))
             if stop and not last:
                 raise Stopped(f"stopped after step {step:,} of {batches.total:,}; the same command "
@@ -1797,14 +1769,6 @@ class Run:
     def stop(self, *_) -> None:
         """A cluster takes the machine back (SIGTERM): all processes end after the same step."""
         self.told_to_stop = True
-
-    def greet(self, step: int) -> None:
-        batches, world = self.batches, self.world
-        shares = f"{world.size} × {batches.batch // world.size} on {world.device.type}"
-        self.status.say(f"{self.checkpoint}: {len(self.faces):,} pictures, {batches.total:,} steps "
-                        f"of {batches.batch} images ({shares}), rate {self.rate:g}"
-                        + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
-                        + ("; complete, --fresh would start over" if step >= batches.total else ""))
 
 
 # ===== 4.1 Pre-training =====
@@ -1851,13 +1815,6 @@ class Pretraining(Run):
         super().__init__(s, world, Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed, dice),
                          model, trained=model)
         self.images = None  # set aside, read when they are first needed
-
-    def rehearsal(self, wrapped: nn.Module) -> Tensor:
-        s, device = self.s, self.world.device
-        v = torch.randn(2, 3, s.view_size, s.view_size, generator=stream_of("rehearsal"))
-        v = v.to(device)
-        I = F.interpolate(v, s.ffl_size)  # noqa: E741
-        return wrapped(v, v.flip(0), I)["loss"]
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         with torch.no_grad(), full_precision(batch["dice"]):
@@ -1935,6 +1892,8 @@ class LabelledFaces(Dataset):
     flip (), drawn, a half; label (); weight (); index (); unreadable (), 1 for a picture that
     cannot be read.
     """
+
+    tries = 1
 
     def __init__(self, paths: list[str], labels: list[int], size: int, crop_min: float | None,
                  seed: int):
@@ -2077,12 +2036,6 @@ class Evaluation(Run):
                          weights=weights, start=origin)
         if self.frozen:
             self.before = {k: v.clone() for k, v in self.model.state_dict().items()}
-
-    def rehearsal(self, wrapped: nn.Module) -> Tensor:
-        width = self.model.fc.in_features
-        shape = (2, width) if self.frozen else (2, 3, self.s.view_size, self.s.view_size)
-        x = torch.randn(shape, generator=stream_of("rehearsal")).to(self.world.device)
-        return wrapped(x).square().mean()
 
     def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""

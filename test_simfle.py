@@ -2005,7 +2005,7 @@ def test_a_process_that_dies_ends_the_others_and_a_restart_brings_the_run_back(
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_step(toy, tmp_path,
                                                                             uninterrupted):
-    one = start_faulty("nan", 4, faulty_args(toy), tmp_path, 2, rank=1)
+    one = start_faulty("nan", 5, faulty_args(toy), tmp_path, 2, rank=1)
     out, err = one.communicate(timeout=120)
     assert one.returncode != 0 and err.count("not finite in step 4 of epoch 1 (L_s nan") == 1
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt")
