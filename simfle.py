@@ -18,8 +18,7 @@ and letters are the paper's.
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
 gives another name): checkpoint.pt holds everything, and a run that finds it goes on from it;
 backbone.pt is a torchvision state dict without `fc`; log.jsonl is the log. The running statistics
-in backbone.pt are those of process 0, and they mix three kinds of picture: two augmented views and
-one plain face for every image.
+in backbone.pt are process 0's, of what it saw: for every image two augmented views and a plain one.
 
 Letters
     I, v1, v2     a face, and two augmented views of it
@@ -127,10 +126,9 @@ def full_precision(x: Tensor):
 class Backbone(nn.Module):
     """A torchvision ResNet that gives its last feature map and the map's mean. (Sec. 3, Fig. 2)
 
-    The network that all of this is for. Its `fc` is taken off; `resnet.state_dict()` is then just
-    what torchvision's own model loads, but for `fc.*`.
-
-    forward: (B, 3, 224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). At 112 the map is 4 × 4.
+    Its `fc` is taken off: `resnet.state_dict()` is what torchvision's own model loads, but for
+    `fc.*`. forward: (B, 3, 224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). Of 112 pixels the
+    map is 4 × 4.
     """
 
     def __init__(self, resnet: nn.Module | None = None):
@@ -183,11 +181,11 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # ===== 3.1 GFL: global facial feature learning =====
 #
 # Two views of one face, cropped and coloured at random, should mean the same. Asking just that has
-# a trivial answer: map every face to one point. BYOL avoids it without ever comparing two different
-# faces. The online stream f_θ (backbone, projector, predictor) predicts what the target stream f_ρ
-# (backbone, projector) says of the other view. The target gets no gradient; it follows the online
-# stream slowly. So the point at which all would meet is never what the gradient aims at: it only
-# ever moves f_θ towards a slightly older and, by averaging, slightly steadier self.
+# a trivial answer: map every face to one point, a collapse. BYOL avoids it without ever comparing
+# two different faces. The online stream f_θ (backbone, projector, predictor) predicts what the
+# target stream f_ρ (backbone, projector) says of the other view. The target gets no gradient; it
+# follows the online stream slowly. So no gradient ever pulls the two streams together: each step
+# moves f_θ towards an older and, by averaging, steadier self.
 #
 # Whether it worked can be seen: `spread` below, the deviation of the normalised projections over
 # the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by 1/√256
@@ -199,6 +197,10 @@ def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
 
     p: (B, 256) f_θ of one view, with gradient. z: (B, 256) f_ρ of the other. Returns (): the mean
     over the batch of 2 − 2·cos, which is the squared distance of the two unit vectors, from 0 to 4.
+
+        p, z = torch.randn(2, 8, 256, requires_grad=True)
+        L_s = similarity_loss(p, z.detach())
+        L_s.backward()
     """
     with full_precision(p):
         return (2 - 2 * F.cosine_similarity(p.float(), z.float(), dim=1)).mean()
@@ -220,6 +222,10 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     target, online: modules of the same shape, weights in fp32: with τ = 0.99 a step moves ρ by one
     hundredth of the difference, which bf16 would often round to nothing. Buffers are left alone
     (see `BYOL`).
+
+        online = mlp(2048)
+        target = copy.deepcopy(online).requires_grad_(False)
+        ema_update(target, online, tau=0.99)
     """
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
@@ -249,8 +255,8 @@ class BYOL(nn.Module):
     (BatchNorm). τ = 0.99 throughout, as in the authors' code; the paper gives no value. What has
     this interface can take BYOL's place (Part IV).
 
-        byol = BYOL(Backbone())
-        L_s, (h1, h2), z1 = byol(v1, v2); L_s.backward(); optimizer.step()
+        byol, (v1, v2) = BYOL(Backbone(torchvision.models.resnet18())), torch.randn(2, 4, 3, 64, 64)
+        L_s, (h1, h2), z1 = byol(v1, v2); L_s.backward()  # and a step of the optimiser
         byol.update()
     """
 
@@ -315,8 +321,8 @@ class ChannelGrouping(nn.Module):
     negative. Raises ValueError where `groups` does not divide `channels`.
 
         grouping = ChannelGrouping(2048, groups=32)
-        C = grouping(X)
-        L_g = grouping_loss(C, groups=32)
+        C = grouping(torch.randn(2, 2048, 4, 4))
+        L_g, D2_between, D2_within = grouping_loss(C, groups=32)
     """
 
     def __init__(self, channels: int = 2048, groups: int = 32):
@@ -353,31 +359,33 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return all_pairs - within, within
 
 
-def mean_similarities(between: Tensor, within: Tensor, channels: int, groups: int):
-    """Mean D² between and within groups: the sums of `pair_sums` by their pairs. (ours)"""
-    inside = channels * (channels // groups)  # pairs in one group: 2048 · 64
-    return between.mean() / max(1, channels**2 - inside), within.mean() / inside
-
-
-def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> Tensor:
+def grouping_loss(C: Tensor, groups: int,
+                  balanced: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of a group alike, of different groups unlike. (Sec. 3.2, Eq. 2)
 
-    C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns (): Eq. 2 divided by c′, averaged over
-    the batch; for the example of `pair_sums`, (2 − 7)/4 = −1.25.
+    C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′,
+    averaged over the batch; and mean D² between and within groups, () each, without gradient. For
+    the example of `pair_sums`, (2 − 7)/4 = −1.25, 2/8 and 7/8.
 
     Departure 2: the division. Undivided, β = 0.03 gives a gradient of norm 10⁴ in the first step
     and diverges; divided by the c′² pairs, nothing is learnt.
 
-    `balanced` divides each sum by its own number of pairs instead. It is not the paper's, but it
-    groups: Eq. 2 counts a channel's 63 partners once and its 1,984 strangers once as well, and so
-    mostly makes channels unlike. In 400 steps on frozen features mean D² went from 0.151 to 0.074
-    between groups and from 0.165 to 0.145 within them; balanced, to 0.13 and to 0.98.
+    `balanced` is mean D² between less mean D² within. It is not the paper's, but it groups: Eq. 2
+    counts a channel's 63 partners once and its 1,984 strangers once as well, and so mostly makes
+    channels unlike. In 400 steps on frozen features mean D² went from 0.151 to 0.074 between groups
+    and from 0.165 to 0.145 within them; balanced, to 0.13 and to 0.98.
+
+        C = torch.rand(2, 2048, 4, 4, requires_grad=True)
+        L_g, D2_between, D2_within = grouping_loss(C, groups=32)
+        L_g.backward()
     """
     between, within = pair_sums(C, groups)
-    if balanced:
-        mean_between, mean_within = mean_similarities(between, within, C.shape[1], groups)
-        return mean_between - mean_within
-    return (between - within).mean() / C.shape[1]
+    channels = C.shape[1]
+    inside = channels * (channels // groups)  # pairs in one group: 2048 · 64
+    D2_between = between.mean() / max(1, channels**2 - inside)
+    D2_within = within.mean() / inside
+    L_g = D2_between - D2_within if balanced else (between - within).mean() / channels
+    return L_g, D2_between.detach(), D2_within.detach()
 
 
 # ===== 3.2 Semantic masking =====
@@ -399,6 +407,7 @@ class SemanticMasking(nn.Module):
     first; mask (B, 49), 0 kept and 1 masked. Patches are counted row by row. Has no parameters.
     Raises ValueError where `patch` does not divide `image_size`.
 
+        C = torch.rand(2, 2048, 4, 4)
         masking = SemanticMasking(groups=32, image_size=112, patch=16, ratio=0.75)
         a, keep, mask = masking(C)
     """
@@ -467,7 +476,11 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
     a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (), which `FaceMAE` adds to L_r.
     κ = 4 was measured: on a small model and drawn faces, three seeds, keep frequency and error over
     the 49 positions correlate by +0.38, +0.51, +0.60 after 400 steps with κ = 4, by −0.36, −0.09,
-    −0.03 with κ = 0; κ = 1 gave 0; κ = 16 gave +0.49 and cost 7 points of accuracy.
+    −0.03 with κ = 0; κ = 1 gave 0; κ = 16 gave +0.49, and 7 points less of linear accuracy.
+
+        a, error = torch.randn(2, 49, requires_grad=True), torch.rand(2, 49)
+        keep, mask = mask_lowest(a, ratio=0.75)
+        refinement_term(a, mask, error, kappa=4.0).backward()
     """
     with full_precision(a):
         a, error = a.float(), error.detach().float()
@@ -614,6 +627,10 @@ class FaceMAE(nn.Module):
     forward: X (B, 2048, 4, 4), the backbone's map of I; I (B, 3, 112, 112); u (B, 1) in [0, 1)
     picks the group of each image, drawn if it is not given -> L_r (), tokens (B, 12, 768) for the
     distillation, L_g (), and mean D² between and within groups, two () without gradient.
+
+        ffl = FaceMAE(channels=512, depth=2, decoder_depth=1)
+        X, I = torch.randn(2, 512, 4, 4), torch.randn(2, 3, 112, 112)
+        L_r, tokens, L_g, D2_between, D2_within = ffl(X, I)
     """
 
     def __init__(self, channels: int = 2048, groups: int = 32, ratio: float = 0.75,
@@ -627,14 +644,13 @@ class FaceMAE(nn.Module):
 
     def forward(self, X: Tensor, I: Tensor, u: Tensor | None = None):  # noqa: E741
         C = self.grouping(X)
-        L_g = grouping_loss(C, self.groups, self.balanced)
-        with torch.no_grad():
-            D2 = mean_similarities(*pair_sums(C, self.groups), C.shape[1], self.groups)
+        L_g, D2_between, D2_within = grouping_loss(C, self.groups, self.balanced)
         a, keep, mask = self.masking(C, u)
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        return L_r + refinement_term(a, mask, error, self.kappa), tokens, L_g, *D2
+        L_r = L_r + refinement_term(a, mask, error, self.kappa)
+        return L_r, tokens, L_g, D2_between, D2_within
 
 
 # ===== 3.3 Connecting two branches =====
@@ -656,6 +672,10 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     in which all that the teacher thinks likely must be covered. t² is Hinton's: the softmax's
     gradient shrinks by 1/t, the difference of the distributions by another, and t² makes the size
     independent of t.
+
+        zs = list(torch.randn(3, 8, 256, requires_grad=True))
+        L_d = distillation_loss(zs, t=4.0)
+        L_d.backward()
     """
     with full_precision(zs[0]):
         zs = [z.float() for z in zs]
@@ -681,12 +701,8 @@ class SimFLE(nn.Module):
     gfl: `BYOL`, or another of Part IV. ffl: a `FaceMAE` for the channels of gfl's backbone.
     forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
     augmented; u, what `SemanticMasking` draws from -> a dict of scalars: `loss` with gradient, and
-    without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. Call `update()` after every step
-    of the optimiser.
-
-        model = SimFLE()
-        model(v1, v2, I)["loss"].backward(); optimizer.step()
-        model.update()
+    without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. After every step of the optimiser,
+    call `update()`.
     """
 
     def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
@@ -1171,6 +1187,10 @@ def augment(x: Tensor, dice: Tensor, order: list[int], colours=(MEAN, STD)) -> T
 
     x: (B, 3, H, W) uint8. dice: (B, 9) uniform in [0, 1). order: a permutation of 0 to 3, in which
     the jitters come (departure 9: one for the batch). Returns (B, 3, H, W), normalised.
+
+        x = torch.randint(256, (8, 3, 224, 224), dtype=torch.uint8)  # crops, as they were cut
+        v1 = augment(x, torch.rand(8, 9), order=torch.randperm(4).tolist())
+        v2 = augment(x, torch.rand(8, 9), order=torch.randperm(4).tolist())
     """
     flip, jitter, *strengths, to_grey, blur, width = dice.unbind(dim=1)
     x = x / 255
@@ -1619,7 +1639,7 @@ class Run:
         """The trained module as a step calls it: across processes, compiled if asked."""
         wrapped = self.trained
         if self.world.size > 1:
-            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # newer ones spell it otherwise
+            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in newer ones
             wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True,
                                               broadcast_buffers=False)  # departure 11: local
         return torch.compile(wrapped) if self.s.compile else wrapped

@@ -6,6 +6,7 @@ Formulas are checked against slow, obvious versions of themselves; the program i
 it, with tiny nets. What takes longer is marked `slow` and runs with `-m slow`.
 """
 
+import ast
 import contextlib
 import copy
 import json
@@ -170,7 +171,7 @@ def test_eq2_by_the_gram_identity_equals_the_double_loop_in_value_and_gradient(B
     for got, slow in zip(S.pair_sums(C, groups), (between, within)):
         torch.testing.assert_close(got, slow, rtol=1e-4, atol=1e-4)
     slow = (between - within).mean() / channels
-    fast = S.grouping_loss(C, groups)
+    fast = S.grouping_loss(C, groups)[0]
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(*(torch.autograd.grad(x, C)[0] for x in (fast, slow)), rtol=1e-3,
                                atol=1e-5)
@@ -180,14 +181,14 @@ def test_eq2_example_worked_by_hand_in_the_docstring():
     C = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 1]]).reshape(1, 4, 1, 2)
     between, within = S.pair_sums(C, 2)
     torch.testing.assert_close((between.item(), within.item()), (2.0, 7.0))
-    torch.testing.assert_close(S.grouping_loss(C, 2).item(), -1.25)
+    torch.testing.assert_close([v.item() for v in S.grouping_loss(C, 2)], [-1.25, 2 / 8, 7 / 8])
 
 
 def test_balanced_grouping_divides_each_sum_by_its_pairs():
     C = seeded(2, 8, 2, 3)
     between, within = eq2(C, 4)
     expected = between.mean() / (64 - 16) - within.mean() / 16
-    torch.testing.assert_close(S.grouping_loss(C, 4, balanced=True), expected)
+    torch.testing.assert_close(S.grouping_loss(C, 4, balanced=True)[0], expected)
 
 
 def test_dead_channels_and_bf16_leave_eq2_finite_and_in_fp32():
@@ -195,10 +196,10 @@ def test_dead_channels_and_bf16_leave_eq2_finite_and_in_fp32():
     C[:, ::2] = 0
     C.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = S.grouping_loss(C, 4)
+        loss = S.grouping_loss(C, 4)[0]
     loss.backward()
     assert C.grad.isfinite().all() and loss.dtype == torch.float32
-    torch.testing.assert_close(loss, S.grouping_loss(C, 4), rtol=0, atol=0)
+    torch.testing.assert_close(loss, S.grouping_loss(C, 4)[0], rtol=0, atol=0)
 
 
 def test_grouping_layer_starts_with_channels_that_differ():
@@ -447,7 +448,7 @@ def test_the_table_of_who_trains_whom():
     L_r, tokens, L_g, *_ = model.ffl(X, I, u)
     L_d = S.distillation_loss([model.distil_m(tokens.mean(1)), model.distil_v(h1),
                                model.distil_v(h2)], t=2.0)
-    torch.testing.assert_close(L_g, S.grouping_loss(model.ffl.grouping(X), 8, balanced=True))
+    torch.testing.assert_close(L_g, S.grouping_loss(model.ffl.grouping(X), 8, balanced=True)[0])
     whole = copy.deepcopy(model)(v1, v2, I, u)  # the pieces above are what forward adds up
     torch.testing.assert_close(whole["loss"], L_s + L_r + 0.3 * L_d + 0.03 * L_g)
     for name, loss in dict(L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g).items():
@@ -549,6 +550,44 @@ def test_part_1_pasted_into_an_empty_module_runs_and_knows_nothing_of_the_rest()
     model(*(x.cpu() for x in small_inputs()))["loss"].backward()
     for word in ("Settings", "World", "dist.", "Path", "cuda", "open(", "os.", "print"):
         assert not re.search(r"\b" + re.escape(word), part), word
+
+
+def definitions():
+    """What simfle.py defines at its top level, by name: the source, and the names it uses."""
+    source, found = (HERE / "simfle.py").read_text(), {}
+    for node in ast.parse(source).body:
+        names = ([node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else
+                 [n.id for n in ast.walk(node) if isinstance(n, ast.Name)
+                  and isinstance(n.ctx, ast.Store)] if isinstance(node, ast.Assign) else [])
+        used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        found |= dict.fromkeys(names, (ast.get_source_segment(source, node), used))
+    return found
+
+
+PIECES = ("similarity_loss", "ema_update", "BYOL", "ChannelGrouping", "grouping_loss",
+          "SemanticMasking", "refinement_term", "FaceMAE", "distillation_loss", "augment")
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_piece_pasted_into_an_empty_file_runs_its_example(piece):
+    """With the imports and what the README says that it needs, no more and no less."""
+    defined, needed = definitions(), {piece}
+    example = re.findall(r"(?m)^ {8}(?! ).+$", re.search(r'"""(.*?)"""', defined[piece][0],
+                                                       re.DOTALL)[1].split("\n\n")[-1])
+    example = "\n".join(line[8:] for line in example)
+    assert 3 <= example.count("\n") + 1 <= 4, example
+    todo = [piece, *(n for n in re.findall(r"\w+", example) if n in defined)]
+    while todo:
+        name = todo.pop()
+        needed.add(name)
+        todo += [n for n in defined[name][1] if n in defined and n not in needed]
+    row = re.search(rf"(?m)^\| `{piece}` \|(.*)\|$", (HERE / "README.md").read_text())
+    assert set(re.findall(r"`(\w+)`", row[1])) == needed - {piece}, needed - {piece}
+    source = (HERE / "simfle.py").read_text()
+    imports = source[source.index('"""\n\nimport') + 3:source.index("# ====")]
+    pasted = "\n\n".join(dict.fromkeys(text for name, (text, _) in defined.items()
+                                       if name in needed))
+    exec(compile(f"{imports}\n{pasted}\n{example}", piece, "exec"), {})
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
