@@ -27,7 +27,7 @@ Letters
     X             the backbone's map of I: c′ channels of h′ × w′
     C_k, N_g      channel k after grouping; the number of channel groups
     a_i, γ        the score of patch i; the share of the N_p patches that is masked (N_m of them)
-    e_i, κ        the reconstruction error of patch i; the strength of the masking's refinement
+    e_i, κ        (ours) the reconstruction error of patch i; the strength of the refinement
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation, grouping loss; α, β weigh two
 
@@ -298,17 +298,17 @@ class BYOL(nn.Module):
 # ones, and so makes of 2048 channels 32 opinions on where to look.
 #
 # Written as it stands, Eq. 2 needs the cosines of all 2048² pairs for each image. They need not be
-# made. Let D be the c′ × h′w′ matrix whose rows are the channels at unit length. Then D Dᵀ holds
+# made. Let U be the c′ × h′w′ matrix whose rows are the channels at unit length. Then U Uᵀ holds
 # the cosines, and the sum of their squares is
 #
-#     Σ_ij D(C_i, C_j)²  =  ‖D Dᵀ‖²  =  trace(D Dᵀ D Dᵀ)  =  trace(Dᵀ D Dᵀ D)  =  ‖Dᵀ D‖²,
+#     Σ_ij D(C_i, C_j)²  =  ‖U Uᵀ‖²  =  trace(U Uᵀ U Uᵀ)  =  trace(Uᵀ U Uᵀ U)  =  ‖Uᵀ U‖²,
 #
-# where Dᵀ D is only h′w′ × h′w′ = 16 × 16. Likewise for the pairs inside one group g, with D_g, its
+# where Uᵀ U is only h′w′ × h′w′ = 16 × 16. Likewise for the pairs inside one group g, with U_g, its
 # 64 rows. So, exactly and for 1/128 of the arithmetic,
 #
-#     L_g  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Dᵀ D‖² − 2 Σ_g ‖D_gᵀ D_g‖²,
+#     L_g  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Uᵀ U‖² − 2 Σ_g ‖U_gᵀ U_g‖²,
 #
-# and Dᵀ D is just the sum of the groups' D_gᵀ D_g.
+# and Uᵀ U is just the sum of the groups' U_gᵀ U_g.
 
 NORM_EPS = 1e-6  # the least a norm is taken for: a channel that is 0 everywhere stays 0
 
@@ -348,12 +348,12 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
     By hand, 4 channels of 2 positions in 2 groups: (1, 0), (1, 0) | (0, 1), (1, 1). In the first
     group D² is 1 four times; in the second 1, ½, ½, 1: 7 in all. Between the groups D² is 0, ½, 0,
-    ½, each twice: 2. By the identity: Dᵀ D = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7.
+    ½, each twice: 2. By the identity: Uᵀ U = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7.
     """
     with full_precision(C):
-        D = rearrange(C.float(), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
-        D = F.normalize(D, dim=3, eps=NORM_EPS)
-        gram = torch.einsum("bgkp,bgkq->bgpq", D, D)  # (B, 32, 16, 16): D_gᵀ D_g
+        U = rearrange(C.float(), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
+        U = F.normalize(U, dim=3, eps=NORM_EPS)
+        gram = torch.einsum("bgkp,bgkq->bgpq", U, U)  # (B, 32, 16, 16): U_gᵀ U_g
         within = gram.square().sum(dim=(1, 2, 3))
         all_pairs = gram.sum(dim=1).square().sum(dim=(1, 2))
     return all_pairs - within, within
@@ -456,13 +456,13 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # say is plain, though: a masked patch that was harder than the others should rise in score, an
 # easier one should sink. So the mask is made soft around its threshold,
 #
-#     z = the scores standardised per image,    soft_i = sigmoid(z_thr − z_i),
+#     s = the scores standardised per image,    soft_i = sigmoid(s_thr − s_i),
 #
-# near 1 for what is surely masked, ½ at the threshold z_thr, which is the last score that was kept.
+# near 1 for what is surely masked, ½ at the threshold s_thr, which is the last score that was kept.
 # A term is added to L_r whose value is 0 (soft_i minus itself) and whose gradient is that of soft_i
 # weighed by the error: straight through, as if the mask were the soft one,
 #
-#     κ/N_m Σ_i m_i (e_i − ē)(soft_i − const),      ∂/∂z_i = −κ m_i (e_i − ē) σ′_i / N_m.
+#     κ/N_m Σ_i m_i (e_i − ē)(soft_i − const),      ∂/∂s_i = −κ m_i (e_i − ē) σ′_i / N_m.
 #
 # Errors enter as constants: the autoencoder must not be paid for spreading its errors. ē is their
 # mean over the image's masked patches; without it every masked patch would rise, hard or easy.
@@ -484,10 +484,10 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
     """
     with full_precision(a):
         a, error = a.float(), error.detach().float()
-        z = (a - a.mean(dim=1, keepdim=True)) / (a.std(dim=1, keepdim=True) + SCORE_EPS)
+        s = (a - a.mean(dim=1, keepdim=True)) / (a.std(dim=1, keepdim=True) + SCORE_EPS)
         # The last kept score is the lowest of those whose mask is 0.
-        z_thr = z.detach().masked_fill(mask.bool(), math.inf).amin(dim=1, keepdim=True)
-        soft = torch.sigmoid(z_thr - z)
+        s_thr = s.detach().masked_fill(mask.bool(), math.inf).amin(dim=1, keepdim=True)
+        soft = torch.sigmoid(s_thr - s)
         N_m = mask.sum(dim=1, keepdim=True)
         mean_error = (error * mask).sum(dim=1, keepdim=True) / N_m  # ē
         term = mask * (error - mean_error) * (soft - soft.detach()) / N_m
