@@ -668,10 +668,11 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over them, averaged over the batch.
 
     Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)), its order and gradient left open. As in the
-    authors' code, z̄ teaches: it is a constant and stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order
-    in which all that the teacher thinks likely must be covered. t² is Hinton's: the softmax's
-    gradient shrinks by 1/t, the difference of the distributions by another, and t² makes the size
-    independent of t.
+    authors' code, z̄ teaches: it stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all that
+    the teacher thinks likely must be covered, and it is a constant. (That it is changes nothing in
+    this order: the gradients by z̄ cancel, because Σ_i (z̄ − z_i) = 0.) t² is Hinton's: the
+    softmax's gradient shrinks by 1/t, the difference of the distributions by another, and t² makes
+    the size independent of t.
 
         zs = list(torch.randn(3, 8, 256, requires_grad=True))
         L_d = distillation_loss(zs, t=4.0)
