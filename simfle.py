@@ -1002,9 +1002,9 @@ def find_data(name: str) -> Path:
     for folder in (Path(name), HERE / "data" / name):
         if folder.is_dir():
             return folder
-    there = ", ".join(sorted(p.name for p in (HERE / "data").glob("[!._]*") if (p / "train").is_dir()))
+    there = {p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()} - {"figures"}
     raise Problem(f"there is no dataset {name}: neither a folder of that name nor {folder}; in "
-                  f"data/ there is {there or 'nothing'} (`python data/prepare.py NAME --src "
+                  f"data/ there is {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME --src "
                   f"DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
 
