@@ -1003,8 +1003,8 @@ def find_data(name: str) -> Path:
         if folder.is_dir():
             return folder
     there = {p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()} - {"figures"}
-    raise Problem(f"there is no dataset {name}: neither a folder of that name nor {folder}; in "
-                  f"data/ there is {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME --src "
+    raise Problem(f"there is no dataset {name}: neither a folder of that name nor {folder}; data/"
+                  f" has {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME --src "
                   f"DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
 
@@ -1889,11 +1889,9 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
     if len(classes) < 2:
         raise Problem(f"{folder} holds {len(classes)} class folders; put its pictures into "
                       f"folders, one a class.")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = find_pictures(folder / name)
-        paths, labels = paths + found, labels + [label] * len(found)
-    return classes, paths, labels
+    found = [(path, label) for label, name in enumerate(classes)
+             for path in find_pictures(folder / name)]
+    return classes, [path for path, _ in found], [label for _, label in found]
 
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
@@ -1906,34 +1904,29 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-class LabelledFaces(Dataset):
-    """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors (Sec. B):
+class LabelledFaces(Faces):
+    """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors. (Sec. B)
 
     image (3, 224, 224) uint8, a random crop, or with `crop_min` None the whole picture resized;
     flip (), drawn, a half; label (); weight (); index (); unreadable (), 1 for a picture that
     cannot be read.
     """
 
-    tries = 1
+    tries = 1  # another picture would have another label
 
     def __init__(self, paths: list[str], labels: list[int], size: int, crop_min: float | None,
                  seed: int):
-        self.paths, self.labels, self.size = paths, labels, [size] * 2
-        self.crop_min, self.seed = crop_min, seed
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        super().__init__(paths, size, size, crop_min, seed)
+        self.labels = labels
 
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
         epoch, index, weight = key
-        picture, unreadable = Image.new("RGB", (8, 8)), 1
-        with contextlib.suppress(Exception):
-            picture, unreadable = read_picture(self.paths[index]), 0
+        picture, unreadable = self.read(index)
         if self.crop_min is None:
-            flip, picture = torch.zeros(1), TF.resize(picture, self.size)
+            flip, picture = torch.zeros(1), TF.resize(picture, self.view_size)
         else:
             boxes, flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
-            picture = TF.resized_crop(picture, *boxes[0], self.size)
+            picture = TF.resized_crop(picture, *boxes[0], self.view_size)
         return dict(image=TF.pil_to_tensor(picture), flip=flip[0] > 0.5, index=torch.tensor(index),
                     label=torch.tensor(self.labels[index]), weight=torch.tensor(weight),
                     unreadable=torch.tensor(unreadable))
@@ -1947,72 +1940,70 @@ class Head(nn.Linear):
             return super().forward(x.float())
 
 
+def run_settings(name: str) -> dict:
+    """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
+    try:
+        with open(Path("runs", name, "log.jsonl")) as file:
+            settings = json.loads(file.readline())["settings"]
+            return settings | {"data_name": Path(settings["data"]).resolve().name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"data": name, "data_name": name}
+
+
 def with_digest(path: Path) -> str:
     """A file's path and the beginning of its SHA-256."""
     return f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
-def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> str:
-    """Fills `net` as the protocol and --init ask for; says from what. (Sec. B) Raises Problem."""
+def starting_weights(s: Settings, classes: list[str]) -> tuple[str, dict]:
+    """What the protocol and --init start from: its name, its weights. (Sec. B) Raises Problem."""
     if s.init == "random":
-        return "random"
+        return s.init, {}
     if s.init == "imagenet":
         try:
             weights = torchvision.models.get_model_weights(s.arch).IMAGENET1K_V1
-            state = weights.get_state_dict(progress=True)
+            origin, saved = s.init, weights.get_state_dict(progress=True)
         except Exception as error:  # no such weights, no network, no space
             raise Problem(f"ImageNet weights for {s.arch} could not be had ({error}); download "
                           f"them to torch's hub folder, or give another --init.") from None
-        saved = {"model": {k: v for k, v in state.items() if not k.startswith("fc.")}}
-        origin = "imagenet"
     else:
-        path = Path(s.init or Path("runs", s.name, "backbone.pt" if s.eval != "finetune" else
-                                   f"linear-{run_settings(s.name)['data_name']}.pt"))
+        own, tuned = run_settings(s.name), s.eval == "finetune"
+        start = f"linear-{own['data_name']}.pt" if tuned else "backbone.pt"
+        path = Path(s.init or Path("runs", s.name, start))
         if not path.exists():
-            order = (f"python simfle.py --data {run_settings(s.name)['data']} --name {s.name}"
-                     + (" --eval" if s.eval == "finetune" else ""))
             raise Problem(f"{path} is missing, from which this evaluation starts; make it with "
-                          f"`{order}`, or give a file or `random` with --init.")
-        saved = load_file(path)
-        if "model" not in saved:  # plain weights: a backbone, and of a whole ResNet no head
-            saved = {"model": {k: v for k, v in saved.items() if not k.startswith("fc.")}}
-        origin = with_digest(path)
+                          f"`python simfle.py --data {own['data']} --name {s.name}"
+                          f"{' --eval' * tuned}`, or give a file or `random` with --init.")
+        origin, saved = with_digest(path), load_file(path)
         backbone = path.with_name("backbone.pt")
-        if not s.init and s.eval == "finetune" and backbone.exists() and (
+        if tuned and not s.init and backbone.exists() and (
                 saved.get("start") != with_digest(backbone)):
             raise Problem(f"{path} was made from another backbone than {backbone} is now; repeat "
                           f"the linear evaluation with --eval --fresh.")
-    state = saved["model"]
-    if "classes" in saved:  # a classifier: its head moves too, class by class
-        if sorted(saved["classes"]) != sorted(classes):
-            raise Problem(f"{origin} knows the classes {', '.join(saved['classes'])}, but "
-                          f"{find_data(s.data)} has {', '.join(classes)}; name the folders alike, "
-                          f"or start from a result on the same classes with --init.")
-        rows = [saved["classes"].index(name) for name in classes]
-        state = state | {k: state[k][rows] for k in ("fc.weight", "fc.bias")}
-    elif s.eval == "finetune":
-        raise Problem(f"{origin} has no head, and fine-tuning starts from a linear result; make "
-                      f"one with --eval, or use --eval semi --labels 1.0.")
+    state = saved.get("model", saved)
+    if "classes" not in saved:  # a backbone, or a whole ResNet, whose head is of other classes
+        if s.eval == "finetune":
+            raise Problem(f"{origin} has no head, and fine-tuning starts from a linear result; "
+                          f"make one with --eval, or use --eval semi --labels 1.0.")
+        return origin, {k: v for k, v in state.items() if not k.startswith("fc.")}
+    if sorted(saved["classes"]) != sorted(classes):
+        raise Problem(f"{origin} knows the classes {', '.join(saved['classes'])}, but "
+                      f"{find_data(s.data)} has {', '.join(classes)}; name the folders alike, or "
+                      f"start from a result on the same classes with --init.")
+    rows = [saved["classes"].index(name) for name in classes]  # its head moves class by class
+    return origin, state | {k: state[k][rows] for k in ("fc.weight", "fc.bias")}
+
+
+def load_start(net: nn.Module, origin: str, state: dict, arch: str) -> None:
+    """Fills `net` with all of `state`, which may lack a head. Raises Problem."""
     try:
-        missing, unexpected = net.load_state_dict(state, strict=False)
+        missing, wrong = net.load_state_dict(state, strict=False)
+        wrong = [k for k in missing if k not in ("fc.weight", "fc.bias")] + wrong
     except RuntimeError as error:
-        missing, unexpected = [str(error)], []
-    wrong = [k for k in missing if k not in ("fc.weight", "fc.bias")] + list(unexpected)
+        wrong = [str(error)]
     if wrong:
-        raise Problem(f"{origin} is no {s.arch} ({' '.join(wrong[0].split())[:200]}); give the "
+        raise Problem(f"{origin} is no {arch} ({' '.join(wrong[0].split())[:200]}); give the "
                       f"--arch that it was trained with.")
-    return origin
-
-
-def run_settings(name: str) -> dict:
-    """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
-    log = Path("runs", name, "log.jsonl")
-    try:
-        with open(log) as file:
-            settings = json.loads(file.readline())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"data": name, "data_name": name}
-    return settings | {"data_name": Path(settings["data"]).resolve().name}
 
 
 class Evaluation(Run):
@@ -2022,14 +2013,13 @@ class Evaluation(Run):
     folder.
     """
 
-    shown, partial, forgiving = ("loss", "accuracy"), True, False
+    shown, partial = ("loss", "accuracy"), True
     ignored = frozenset(("ffl_size", "hidden", "outputs", "gfl", "ffl", "connection", "queue",
                          "tau", "groups", "grouping", "mask_ratio", "mask_gradient", "patch", "vit",
                          "norm_pix", "alpha", "beta", "temperature", "sync_bn"))
 
     def __init__(self, s: Settings, world: World):
-        self.frozen = s.eval == "linear"
-        folder = find_data(s.data)
+        self.frozen, folder, weights = s.eval == "linear", find_data(s.data), None
         self.classes, paths, labels = labelled_pictures(folder / "train")
         val_classes, self.val_paths, self.val_labels = labelled_pictures(folder / "val")
         if val_classes != self.classes:
@@ -2038,14 +2028,15 @@ class Evaluation(Run):
         if s.eval == "semi":
             chosen = share_of_labels(labels, s.labels, s.seed)
             paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
-        weights = None
         if s.oversample:  # Table 2: every class is seen equally often
             counts = torch.bincount(torch.tensor(labels), minlength=len(self.classes))
             weights = (1 / counts.double())[torch.tensor(labels)]
         torch.manual_seed(s.seed)
         net = build_resnet(s.arch)
         net.fc = Head(net.fc.in_features, len(self.classes))
-        origin = agree(world, lambda: starting_weights(s, net, self.classes))
+        origin, state = agree(world, lambda: starting_weights(s, self.classes))
+        if state:
+            load_start(net, origin, state, s.arch)
         if self.frozen:
             net.requires_grad_(False).fc.requires_grad_(True)
         net.train(not self.frozen)
@@ -2055,8 +2046,7 @@ class Evaluation(Run):
         super().__init__(s, world, LabelledFaces(paths, labels, s.view_size, s.crop_min, s.seed),
                          net, trained=net.fc if self.frozen else net, suffix="-" + self.tag,
                          weights=weights, start=origin)
-        if self.frozen:
-            self.before = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.before = {k: v.clone() for k, v in net.state_dict().items()} if self.frozen else {}
 
     def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
@@ -2073,8 +2063,7 @@ class Evaluation(Run):
         logits = self.predict(self.wrapped, image)
         # Images that were repeated to fill a share have the weight 0. Every process divides by the
         # mean count over processes, so that DDP's mean of gradients is that of the whole batch.
-        done = place[1]
-        count = min(self.batches.batch, len(self.faces) - done) / self.world.size
+        count = min(self.batches.batch, len(self.faces) - place[1]) / self.world.size
         loss = (weight * F.cross_entropy(logits.float(), label, reduction="none")).sum() / count
         right = (weight * (logits.argmax(dim=1) == label)).sum() / count
         return {"loss": loss, "accuracy": right}
@@ -2083,10 +2072,10 @@ class Evaluation(Run):
         return 1.0 if self.frozen else super().schedule(progress)
 
     def epoch_ends(self, epoch: int, step: int) -> None:
-        if self.frozen:  # B.1's trap: nothing but the head may have moved, no statistics either
-            moved = [k for k, v in self.model.state_dict().items()
-                     if not k.startswith("fc.") and not torch.equal(v, self.before[k])]
-            assert not moved, f"a frozen backbone has changed: {moved[:3]}"
+        # B.1's trap: nothing but a linear layer's own may have moved, no running statistics either.
+        moved = [k for k, v in self.before.items()
+                 if not k.startswith("fc.") and not torch.equal(v, self.model.state_dict()[k])]
+        assert not moved, f"a frozen backbone has changed: {moved[:3]}"
 
     @torch.no_grad()
     def confusion(self) -> Tensor:
@@ -2111,8 +2100,9 @@ class Evaluation(Run):
             counts[-1] += batch["unreadable"].sum()
         if world.size > 1:
             dist.all_reduce(counts)
-        self.check_pictures(faces, {"index": torch.tensor([]), "unreadable": torch.tensor([])},
-                            counts[-1].item())
+        if counts[-1] > 0:
+            raise Problem(f"{counts[-1]:.0f} test pictures of {find_data(self.s.data)} cannot be "
+                          f"read; mend or remove those that are named above.")
         return counts[:-1].long().cpu().reshape(K, K)
 
     def go(self) -> dict:
@@ -2124,10 +2114,13 @@ class Evaluation(Run):
             content = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
                            classes=self.classes, mean=self.colours[0], std=self.colours[1],
                            arch=self.s.arch, size=self.s.view_size, start=self.settings["start"])
-            write_whole(self.folder / f"{self.tag}.pt", lambda file: torch.save(content, file))
+            file = self.folder / f"{self.tag}.pt"
+            write_whole(file, lambda out: torch.save(content, out))
             write_whole(self.folder / f"eval-{self.tag}.json",
-                        lambda file: file.write(json.dumps(result, indent=1).encode()))
-            self.status.say(in_words(result, self.folder / f"{self.tag}.pt"))
+                        lambda out: out.write(json.dumps(result, indent=1).encode()))
+            self.status.say(f"{file}: {result['accuracy']:.2f} % of {result['images']} test images "
+                            f"right after the last epoch; mean of the classes "
+                            f"{result['mean_accuracy']:.2f} %\n{in_words(result)}")
         return result
 
 
@@ -2139,17 +2132,14 @@ def summary(confusion: Tensor, classes: list[str]) -> dict:
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())
 
 
-def in_words(result: dict, file: Path) -> str:
-    """The result as a table for the screen."""
+def in_words(result: dict) -> str:
+    """The confusion matrix as a table for the screen."""
     names = list(result["per_class"])
     wide = max(map(len, names))
-    lines = [f"{file}: {result['accuracy']:.2f} % of {result['images']} test images right after "
-             f"the last epoch; mean of the classes {result['mean_accuracy']:.2f} %",
-             " " * wide + "    right   taken for: " + "  ".join(f"{n[:8]:>8}" for n in names)]
-    for name, row in zip(names, result["confusion"]):
-        lines.append(f"{name:{wide}}  {result['per_class'][name]:5.1f} %              "
-                     + "  ".join(f"{n:8}" for n in row))
-    return "\n".join(lines)
+    rows = [f"{name:{wide}}  {right:5.1f} %              " + "  ".join(f"{n:8}" for n in row)
+            for (name, right), row in zip(result["per_class"].items(), result["confusion"])]
+    return "\n".join([" " * wide + "    right   taken for: "
+                      + "  ".join(f"{n[:8]:>8}" for n in names)] + rows)
 
 
 def evaluate(s: Settings, world: World) -> dict:

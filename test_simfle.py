@@ -1237,7 +1237,7 @@ def test_heads_move_between_datasets_class_by_class(trained, tmp_path, monkeypat
     net = S.small_resnet()
     net.fc = nn.Linear(net.fc.in_features, 3)
     s = settings(["--data", "colours", "--eval", "finetune", "--init", tmp_path / "turned.pt"])
-    S.starting_weights(s, net, ["0_a", "1_b", "2_c"])
+    S.load_start(net, *S.starting_weights(s, ["0_a", "1_b", "2_c"]), "small")
     assert torch.equal(net.fc.weight, saved["model"]["fc.weight"][[1, 2, 0]])
     # Other classes.
     colours(tmp_path / "more", {"0_a": 4, "1_b": 4, "2_c": 4, "3_d": 4})
@@ -1330,7 +1330,7 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
     args = ["--data", tmp_path / "bad", *EVAL, "--eval", "--init", "random", "--epochs", "1"]
     assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
-    assert "val/0_a/2.png cannot be read" in error and "1 pictures of" in error
+    assert "val/0_a/2.png cannot be read" in error and "1 test pictures of" in error
 
 
 def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monkeypatch, capsys):
