@@ -1004,8 +1004,8 @@ def find_data(name: str) -> Path:
             return folder
     there = {p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()} - {"figures"}
     raise Problem(f"there is no dataset {name}: neither a folder of that name nor {folder}; data/"
-                  f" has {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME --src "
-                  f"DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
+                  f" has {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME "
+                  f"--src DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
 
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
