@@ -418,6 +418,7 @@ class SemanticMasking(nn.Module):
         if image_size % patch:
             raise ValueError(f"patches of {patch} do not divide an image of {image_size} pixels")
         self.groups, self.image_size, self.patch, self.ratio = groups, image_size, patch, ratio
+        self.draws = 1  # numbers of u for an image
 
     def scores(self, C: Tensor, group: Tensor) -> Tensor:
         """a_i of Eq. 3 for the given group of each image, (B,) -> (B, 49)."""
@@ -918,7 +919,7 @@ def check_settings(s: Settings) -> None:
     check_choice("vit", s.vit, VITS)
     check_choice("grouping", s.grouping, ("paper", "balanced"))
     check_choice("gfl", s.gfl, GFLS)
-    check_choice("ffl", s.ffl, ("semantic", "random", "none"))
+    check_choice("ffl", s.ffl, (*MASKINGS, "none"))
     check_choice("connection", s.connection, ("distil", "direct"))
     if (s.ffl, s.connection) == ("none", "direct"):
         raise Problem("--connection direct has nothing to connect where --ffl is none; leave one "
@@ -967,8 +968,7 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
                       image_size=s.ffl_size, patch=s.patch, norm_pix=s.norm_pix, **VITS[s.vit])
     except ValueError as error:
         raise Problem(f"{error}; change --groups, --patch or --ffl-size.") from None
-    if s.ffl == "random":
-        ffl.masking = RandomMasking(s.groups, s.ffl_size, s.patch, s.mask_ratio)
+    ffl.masking = MASKINGS[s.ffl](s.groups, s.ffl_size, s.patch, s.mask_ratio)
     if s.connection == "direct":
         return DirectSimFLE(gfl, ffl, s.beta)
     return SimFLE(gfl, ffl, s.hidden, s.outputs, s.alpha, s.beta, s.temperature)
@@ -1831,8 +1831,7 @@ class Pretraining(Run):
             if world.device.type != "cuda":
                 raise Problem("--sync-bn works on GPUs only; leave it out.")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Semantic masking draws one number per image, its group; random masking one per patch.
-        dice = (s.ffl_size // s.patch)**2 if s.ffl == "random" else 1
+        dice = model.ffl.masking.draws if model.ffl is not None else 0
         super().__init__(s, world, Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed, dice),
                          model, trained=model)
         self.images = None  # set aside, read when they are first needed
@@ -2172,29 +2171,26 @@ def as_linear(s: Settings) -> dict:
 class GFLAlone(nn.Module):
     """One branch only; interface as `SimFLE`, but I and u are not used. (Table 3 a, Table 1)"""
 
-    def __init__(self, gfl: nn.Module):
-        super().__init__()
-        self.gfl, self.ffl = gfl, None
-
     backbone, update = SimFLE.backbone, SimFLE.update
 
-    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
-                u: Tensor | None = None) -> dict[str, Tensor]:
+    def __init__(self, gfl: nn.Module, ffl: FaceMAE | None = None):
+        super().__init__()
+        self.gfl, self.ffl = gfl, ffl
+
+    def forward(self, v1: Tensor, v2: Tensor, *_: Tensor) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         return report(L_s, L_s=L_s, spread=spread(z1))
 
 
-class DirectSimFLE(nn.Module):
+class DirectSimFLE(GFLAlone):
     """No distillation: the map X keeps its gradient instead; interface as `SimFLE`. (Table 3 b)
 
     L_g and the refinement then train the backbone through the grouping layer.
     """
 
     def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
-        super().__init__()
-        self.gfl, self.ffl, self.beta = gfl, ffl, beta
-
-    backbone, update = SimFLE.backbone, SimFLE.update
+        super().__init__(gfl, ffl)
+        self.beta = beta
 
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
                 u: Tensor | None = None) -> dict[str, Tensor]:
@@ -2207,14 +2203,20 @@ class DirectSimFLE(nn.Module):
 class RandomMasking(SemanticMasking):
     """Masks at random; interface as `SemanticMasking`, with u (B, 49) for scores. (Table 3 c)
 
-    All else is shared with semantic masking, the grouping layer and L_g too: they train each other,
-    and nothing else learns from them. The paper counts the same arithmetic for both.
+    The grouping layer and L_g stay and train each other; nothing else learns from them. The paper
+    counts the same arithmetic for both maskings.
     """
 
+    def __init__(self, *settings):
+        super().__init__(*settings)
+        self.draws = (self.image_size // self.patch)**2
+
     def forward(self, C: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        N_p = (self.image_size // self.patch)**2
-        a = torch.rand(len(C), N_p, device=C.device) if u is None else u
+        a = torch.rand(len(C), self.draws, device=C.device) if u is None else u
         return a, *mask_lowest(a, self.ratio)
+
+
+MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
 
 
 # ===== Table 4: other methods for GFL =====
@@ -2222,10 +2224,8 @@ class RandomMasking(SemanticMasking):
 # SimSiam shows that BYOL's target needs no inertia, only its constancy. The others compare faces
 # with each other: a view must find the other view of its face (the positive) among those of other
 # faces (the negatives), and cannot while all are one point. MoCo keeps its negatives in a queue,
-# SimCLR takes them from the batch.
-#
-# Processes: the negatives are those of all processes. How tensors come together is told from
-# outside: gather (B, ...) -> (W·B, ...) joins those of W processes in the order of their ranks.
+# SimCLR takes them from the batch. In both they come from all W processes, and how is told from
+# outside: gather (B, ...) -> (W·B, ...) joins tensors in the order of the ranks.
 
 
 def alone(x: Tensor) -> Tensor:
@@ -2267,30 +2267,27 @@ class SimSiam(nn.Module):
 class MoCo(nn.Module):
     """GFL by MoCo (He et al., 2020); interface as `BYOL`. (Table 4)
 
-    MoCo v2 is this with the head `two_layers` and t = 0.2.
-
-    The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
-    of earlier batches, in a queue that is the same in every process. Only v1 is seen with gradient,
-    so L_d has two vectors, z_m and z_v1: of v2 there are features of the target alone, to which
-    nothing can be distilled.
+    MoCo v2 is this with the head `two_layers` and t = 0.2. The online stream makes of v1 the query
+    q, the target of v2 its key; the negatives are the keys of earlier batches, in a queue that is
+    the same in every process. Only v1 is seen with gradient, so L_d has two vectors, z_m and z_v1:
+    nothing can be distilled into the target's features of v2.
 
     deal: v (B, ...) -> as many images of all processes, mixed, and a function that puts what was
-    computed of them back in place. That is shuffling BatchNorm: the statistics of one batch are
-    like a mark on all that was computed with it, and a query would know its key by the mark.
-    Mixed, they have been normalised among other images. One process has none to mix with.
+    computed of them back in place. That is shuffling BatchNorm: a query would know its key by the
+    statistics of the batch that both were normalised with. One process has none to mix with.
     """
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, outputs: int = 128,
+    def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128,
                  queue: int = 65_536, t: float = 0.07, tau: float = 0.999, gather=alone,
                  deal=lambda v: (v, alone)):
         super().__init__()
         self.t, self.tau, self.gather, self.deal = t, tau, gather, deal
-        self.online = Stream(backbone, projector)
+        self.online = Stream(backbone, head(backbone.channels, outputs))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        # Departure 15: empty at first. MoCo's authors begin with random directions; no face is like
-        # them, so that to map all faces to one point is then the quickest way to the positive. (v2
-        # on the toy faces, 1,024 keys, one seed: spread 0.0008 after 140 steps with random ones,
-        # 0.025 after 150 when empty.)
+        # Departure 15: empty at first. No face is like the random directions of MoCo's authors, so
+        # to map all faces to one point is then the quickest way to the positive. (v2 on the toy
+        # faces, 1,024 keys, one seed: spread 0.0008 after 140 steps with them, 0.025 after 150
+        # when empty.)
         self.register_buffer("queue", torch.zeros(queue, outputs))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))  # the queue's oldest key
 
@@ -2298,11 +2295,11 @@ class MoCo(nn.Module):
         z1, h1 = self.online(v1)
         with torch.no_grad():
             mixed, back = self.deal(v2)
-            k = F.normalize(back(self.target(mixed)[0]).float(), dim=1)
-        self.keys = k  # join the queue with `update`
+            self.keys = F.normalize(back(self.target(mixed)[0]).float(), dim=1)  # see `update`
         with full_precision(z1):
             q = F.normalize(z1.float(), dim=1)
-            positive, negative = (q * k).sum(dim=1, keepdim=True), q @ self.queue.T  # (B, 65536)
+            positive = (q * self.keys).sum(dim=1, keepdim=True)
+            negative = q @ self.queue.T  # (B, 65536)
             negative = negative.masked_fill((self.queue == 0).all(dim=1), -math.inf)  # empty places
             logits = torch.cat([positive, negative], dim=1) / self.t
             right = torch.zeros(len(q), dtype=torch.long, device=q.device)
@@ -2325,32 +2322,28 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
     """
     with full_precision(z1):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-        views = len(z)
-        itself = torch.eye(views, dtype=torch.bool, device=z.device)
-        similarity = (z @ z.T / t).masked_fill(itself, -math.inf)
-        other = (torch.arange(views, device=z.device) + views // 2) % views
-        return F.cross_entropy(similarity, other)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        other = torch.arange(len(z), device=z.device).roll(len(z1))
+        return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
 
 
 class SimCLR(nn.Module):
     """GFL by SimCLR (Chen et al., 2020); interface as `BYOL`. (Table 4)
 
-    Every process computes the loss of the whole batch from all processes' projections. Through
-    `gather` each gets the gradient of all these equal losses, W times that of one, and
-    DistributedDataParallel divides it by W again.
+    Every process computes the loss of the whole batch. Through `gather` each gets the gradient of
+    all these equal losses, W times that of one; DistributedDataParallel divides it by W again.
     """
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, t: float = 0.1, gather=alone):
+    def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1, gather=alone):
         super().__init__()
         self.t, self.gather = t, gather
-        self.online = Stream(backbone, projector)
+        self.online = Stream(backbone, two_layers(backbone.channels, outputs))
+
+    update = SimSiam.update
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
         return nt_xent(self.gather(z1), self.gather(z2), self.t), [h1, h2], z1
-
-    def update(self) -> None:
-        """There is no target."""
 
 
 # How each is built from the settings. SimSiam's 2048 and 512 are a half and an eighth of `hidden`,
@@ -2358,14 +2351,9 @@ class SimCLR(nn.Module):
 GFLS = {
     "byol": lambda s, f, gather, deal: BYOL(f, s.hidden, s.outputs, s.tau),
     "simsiam": lambda s, f, gather, deal: SimSiam(f, s.hidden // 2, s.hidden // 8),
-    "moco": lambda s, f, gather, deal: MoCo(
-        f, nn.Linear(f.channels, s.outputs // 2), s.outputs // 2, s.queue, 0.07, s.tau, gather,
-        deal),
-    "mocov2": lambda s, f, gather, deal: MoCo(
-        f, two_layers(f.channels, s.outputs // 2), s.outputs // 2, s.queue, 0.2, s.tau, gather,
-        deal),
-    "simclr": lambda s, f, gather, deal: SimCLR(
-        f, two_layers(f.channels, s.outputs // 2), 0.1, gather),
+    "moco": lambda s, f, *how: MoCo(f, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
+    "mocov2": lambda s, f, *how: MoCo(f, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
+    "simclr": lambda s, f, gather, deal: SimCLR(f, s.outputs // 2, 0.1, gather),
 }
 
 
