@@ -80,6 +80,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -857,9 +858,13 @@ MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 class Problem(Exception):
     """Something a user can mend. Its text is one sentence: what, where, what to do."""
 
+    code = 2  # of the program's end
+
 
 class Stopped(Exception):
     """A run that was told to stop, has saved its place and ends."""
+
+    code = 143
 
 
 class Parser(argparse.ArgumentParser):
@@ -2688,35 +2693,29 @@ def draw_figures(s: Settings) -> None:
 # ================================ Benchmark ================================
 
 
-def wait_for(device: torch.device) -> float:
-    """The time, once the device has done all that it was told to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 @contextlib.contextmanager
-def timed(seconds: dict[str, float], name: str, device: torch.device):
-    """Adds what happens inside to seconds[name]."""
-    start = wait_for(device)
+def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
+    """Adds to seconds[name] how long that takes which is inside, or in a function so decorated."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
     yield
-    seconds[name] = seconds.get(name, 0.0) + wait_for(device) - start
+    wait()
+    seconds[name].append(time.perf_counter() - start)
 
 
 def loader_rates(run: Run, seconds: float) -> dict[int, float]:
     """Images a second that loading processes hand over, by their number: 1, 2, 4 to all cores."""
-    rates, cores = {}, run.cores()
-    for workers in sorted({min(2**i, cores) for i in range(8)}):
+    rates = {}
+    for workers in sorted({min(2**i, run.cores()) for i in range(8)}):
         run.s = replace(run.s, workers=workers)
-        batches = Batches(len(run.faces), run.batches.batch, 10**6, run.s.seed)
-        loading = iter(run.loader(run.faces, batches))
-        next(loading)
-        start, images = time.perf_counter(), 0
-        # What stood ready when the clock was started would count for nothing in a long run.
-        ready = 4 * workers * run.batches.batch
-        while images < ready or time.perf_counter() - start < seconds:
-            images += len(next(loading)["index"])
-        rates[workers] = max(0, images - ready) / (time.perf_counter() - start)
+        loading, images, spent = iter(run.loader(run.faces, run.batches)), 0, 0.0
+        list(islice(loading, 4 * workers))  # what may stand ready before the clock starts
+        start = time.perf_counter()
+        while spent < seconds:  # whole rounds: the batches of one come almost at once
+            images += sum(len(batch["index"]) for batch in islice(loading, workers))
+            spent = time.perf_counter() - start
+        rates[workers] = images / spent
         del loading
     return rates
 
@@ -2724,78 +2723,66 @@ def loader_rates(run: Run, seconds: float) -> dict[int, float]:
 def arithmetic_peak(device: torch.device) -> float:
     """Multiply-adds a second of a large matrix product, in the precision of the training."""
     kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
-    a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
-    best = math.inf
-    for _ in range(6):
-        start = wait_for(device)
-        for _ in range(4):
-            a @ b
-        best = min(best, (wait_for(device) - start) / 4)
-    return n**3 / best
+    a, seconds = torch.randn(n, n, device=device, dtype=kind), defaultdict(list)
+    for _ in range(20):
+        with timed(seconds, device, "product"):
+            a @ a
+    return n**3 / min(seconds["product"])
 
 
 def benchmark(s: Settings, world: World) -> None:
     """Prints what loader and step do in a second, part by part. Trains nothing, keeps nothing.
 
-    Means of as many steps as fit five seconds, the first left out. Parts are timed one by one, the
-    device waited for between them; the whole step as it is in training.
+    Means of as many steps as fit five seconds, the first left out: whole steps as in training, then
+    their parts, the device waited for before and after each.
     """
-    s = replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0)
-    run, device = Pretraining(s, world), world.device
-    keys = next(iter(run.batches))
-    batch = torch.utils.data.default_collate([run.faces[k] for k in keys])
-    model, seconds = run.model, {}
-    inner = {"target": getattr(model.gfl, "target", None), "FaceMAE": model.ffl}
-    for name, module in inner.items():
-        if module is not None:
-            clock = []
-            module.register_forward_pre_hook(lambda *_, c=clock: c.append(wait_for(device)))
-            module.register_forward_hook(lambda *_, c=clock, n=name: seconds.__setitem__(
-                n, seconds.get(n, 0.0) + wait_for(device) - c.pop()))
-    model.train()
+    run = Pretraining(replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0), world)
+    batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
+    model, seconds, cuda = run.model.train(), defaultdict(list), world.device.type == "cuda"
+    clock = partial(timed, seconds, world.device)
     with FlopCounterMode(display=False) as counter:  # also the first, slow step
         run.step(batch, (0, 0), 0.0)
-    start = wait_for(device)
-    run.step(batch, (0, 0), 0.0)
-    once = wait_for(device) - start
-    steps = agree(world, lambda: max(3, int(5 / once)))  # all processes take as many
-    seconds.clear()
-    for _ in range(steps):
-        moved = {k: v.to(device) for k, v in batch.items()}
-        with timed(seconds, "views", device), torch.no_grad():
+    with clock("trial"):
+        run.step(batch, (0, 0), 0.0)
+    steps = agree(world, lambda: max(3, int(5 / seconds["trial"][0])))  # the same for all processes
+    with clock("whole"):
+        for _ in range(steps):
+            run.step(batch, (0, 0), 0.0)
+    step = seconds["whole"][0] / steps
+    for name, module in (("target", getattr(model.gfl, "target", None)), ("FaceMAE", model.ffl)):
+        if module is not None:
+            module.forward = clock(f"of forward: {name}")(module.forward)
+    for taken in range(steps + 1):
+        if taken == 1:
+            seconds.clear()  # with --compile, the modules that got a clock were compiled anew
+        moved = {k: v.to(world.device) for k, v in batch.items()}
+        with clock("views"), torch.no_grad():
             inputs = prepare(moved, (s.seed, 0, 0), run.colours)
-        with timed(seconds, "forward", device), run.mixed_precision():
+        with clock("forward"), run.mixed_precision():
             loss = run.wrapped(*inputs)["loss"]
-        with timed(seconds, "backward", device):
+        with clock("backward"):
             loss.backward()
-        with timed(seconds, "optimiser, EMA", device):
+        with clock("optimiser, EMA"):
             run.optimizer.step()
             run.optimizer.zero_grad()
             run.stepped()
-    parts = {k: v / steps for k, v in seconds.items()}
-    start = wait_for(device)
-    for _ in range(steps):
-        run.step(batch, (0, 0), 0.0)
-    step = (wait_for(device) - start) / steps
     if world.first:
-        images = run.batches.batch
-        macs = counter.get_total_flops() / 2 * world.size / images
-        peak = arithmetic_peak(device) * world.size
-        memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
+        images, macs = run.batches.batch, counter.get_total_flops() / 2
+        peak = arithmetic_peak(world.device)
+        memory = (torch.cuda.max_memory_allocated() if cuda else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        name = torch.cuda.get_device_name() if device.type == "cuda" else f"{run.cores()} CPU cores"
+        name = torch.cuda.get_device_name() if cuda else f"{run.cores()} CPU cores"
         print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
               f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
-        for workers, rate in loader_rates(run, 5).items():
-            print(f"loader, {workers:2} loading  {rate:12,.0f} images/s")
-        print(f"step                {images / step:12,.1f} images/s  {1000 * step:10,.1f} ms")
-        for part, spent in parts.items():
-            inside = "  of forward: " if part in inner else "  "
-            print(f"{inside + part:34}{'':8}{1000 * spent:10,.1f} ms")
-        print(f"memory of a process {memory / 2**30:12,.2f} GB at most\n"
-              f"arithmetic          {macs / 1e9:12,.1f} G multiply-adds an image, forward and "
-              f"backward: {macs * images / step / peak:.0%} of the {peak / 1e12:.2f} T/s that a "
-              f"large matrix product reaches here")
+        rows = [(f"loader, {n} loading", v, "images/s") for n, v in loader_rates(run, 5).items()]
+        rows += [("step", images / step, "images/s"), ("step", 1000 * step, "ms")]
+        rows += [("  " + part, 1000 * sum(v) / steps, "ms") for part, v in seconds.items()]
+        rows += [("memory of a process", memory / 2**30, "GB at most"),
+                 ("arithmetic", macs / run.share / 1e9, "G multiply-adds an image"),
+                 ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s "
+                  f"that a large matrix product reaches in one process")]
+        for what, number, unit in rows:
+            print(f"{what:24}{number:14,.2f} {unit}")
         run.lock.close()
         shutil.rmtree(run.folder)
 
@@ -2822,31 +2809,26 @@ def run(orders: dict) -> None:
 
 def compare_with_untrained(s: Settings, world: World) -> None:
     """The demo's end: linear evaluation of the untrained and the trained backbone, figures."""
-    linear = replace(s, **as_linear(s))
-    untrained, trained = (evaluate(replace(linear, init=init), world) for init in ("random", ""))
+    results = []
+    for init in ("random", ""):
+        results.append(evaluate(replace(s, **as_linear(s), init=init), world))
+        agree(world, lambda: draw_figures(replace(s, init=init)))
     if world.first:
-        for init in ("random", ""):
-            draw_figures(replace(s, init=init))
-        print(f"Linear accuracy on {trained['images']} held-out toy faces of "
-              f"{len(trained['per_class'])} expressions: {untrained['accuracy']:.1f} % with the "
-              f"untrained backbone, {trained['accuracy']:.1f} % with the trained one.")
+        untrained, trained = (result["accuracy"] for result in results)
+        print(f"Linear accuracy on {results[1]['images']} held-out toy faces of "
+              f"{len(results[1]['per_class'])} expressions: {untrained:.1f} % with the untrained "
+              f"backbone, {trained:.1f} % with the trained one.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 after a Problem, which each machine's first process tells; 130
-    and 143 when it was told to stop; 1 when another process has failed."""
-    def tell(problem: Exception | str) -> None:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
-            print(f"\nsimfle: {problem}", file=sys.stderr, flush=True)
-
+    """Returns the exit code: 0; 2 after a Problem, 143 when stopped, 130 after a Ctrl-C; 1 when
+    another process has failed."""
     try:
         run(read_orders(argv))
-    except Problem as problem:
-        tell(problem)
-        return 2
-    except Stopped as stopped:
-        tell(stopped)
-        return 143
+    except (Problem, Stopped) as told:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
+            print(f"\nsimfle: {told}", file=sys.stderr, flush=True)
+        return told.code
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:

@@ -2211,12 +2211,13 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
     assert in_process("--data", toy, *TINY, "--benchmark", cwd=tmp_path,
                       monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    assert not list(tmp_path.glob("runs/.*")) and "150 images/s" in out
+    assert not list(tmp_path.glob("runs/.*")) and "150.00 images/s" in out
     times = dict(re.findall(r"^  (?:of forward: )?(\S.*?)  +([\d,.]+) ms", out, re.MULTILINE))
     # The target looks twice (two views), FaceMAE once; each takes one second of the forward pass.
     assert {k: v for k, v in times.items()} == {
-        "target": "2,000.0", "FaceMAE": "1,000.0", "views": "1,000.0", "forward": "7,000.0",
-        "backward": "1,000.0", "optimiser, EMA": "1,000.0"}
+        "target": "2,000.00", "FaceMAE": "1,000.00", "views": "1,000.00", "forward": "7,000.00",
+        "backward": "1,000.00", "optimiser, EMA": "1,000.00"}
+    assert re.search(r"^step +200.00 ms$", out, re.MULTILINE)  # five of them under one clock
 
 
 def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, tmp_path, monkeypatch):
