@@ -149,26 +149,6 @@ def feature_map(r: nn.Module, x: Tensor) -> Tensor:
     return r.layer4(r.layer3(r.layer2(r.layer1(x))))
 
 
-def small_resnet(width: int = 32) -> nn.Module:
-    """A ResNet for laptops: one block a stage, `width` channels in the first, stride 16. (ours)
-
-    The last stage keeps its resolution: at 56 pixels the map is 4 × 4. With a stride of 32 it would
-    be 2 × 2, and a mask of 7 × 7 patches drawn from four numbers says nothing about a face.
-    """
-    block = torchvision.models.resnet.BasicBlock
-    net = torchvision.models.ResNet(block, [1, 1, 1, 1])
-    net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
-    net.bn1, net.inplanes = nn.BatchNorm2d(width), width
-    for stage, stride in enumerate((1, 2, 2, 1)):
-        layer = net._make_layer(block, width << stage, 1, stride)
-        setattr(net, f"layer{stage + 1}", layer)
-    net.fc = nn.Linear(8 * width, 1000)
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):  # as torchvision starts its own
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-    return net
-
-
 def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
     """Every head of the method: the projectors, the predictor, the distillation heads. (Sec. 4.1)
 
@@ -948,13 +928,29 @@ def check_settings(s: Settings) -> None:
         raise Problem("--sync-bn is for pre-training; leave it out of an evaluation.")
 
 
-RESNETS = ("small", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-           "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2")
+def small_resnet(width: int = 32) -> nn.Module:
+    """A ResNet for laptops: one block a stage, `width` channels in the first, stride 16. (ours)
+
+    The last stage keeps its resolution: at 56 pixels the map is 4 × 4. With a stride of 32 it would
+    be 2 × 2, and a mask of 7 × 7 patches drawn from four numbers says nothing about a face.
+    """
+    block = torchvision.models.resnet.BasicBlock
+    net = torchvision.models.ResNet(block, [1, 1, 1, 1])
+    net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    net.bn1, net.inplanes = nn.BatchNorm2d(width), width
+    for stage, stride in enumerate((1, 2, 2, 1)):
+        layer = net._make_layer(block, width << stage, 1, stride)
+        setattr(net, f"layer{stage + 1}", layer)
+    net.fc = nn.Linear(8 * width, 1000)
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):  # as torchvision starts its own
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return net
 
 
-def build_resnet(arch: str) -> nn.Module:
-    """A ResNet with new weights, by name. Another one: give it a name here and in RESNETS."""
-    return small_resnet() if arch == "small" else torchvision.models.get_model(arch)
+RESNETS = {"small": small_resnet} | {name: partial(torchvision.models.get_model, name) for name in (
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
+    "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2")}
 
 
 def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
@@ -963,7 +959,7 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
     gather, deal: how processes exchange tensors (see Part IV); None: there is one.
     """
     torch.manual_seed(s.seed)
-    backbone = Backbone(build_resnet(s.arch))
+    backbone = Backbone(RESNETS[s.arch]())
     try:
         gfl = GFLS[s.gfl](s, backbone, gather or alone, deal or (lambda v: (v, alone)))
         if s.ffl == "none":
@@ -2036,7 +2032,7 @@ class Evaluation(Run):
             counts = torch.bincount(torch.tensor(labels), minlength=len(self.classes))
             weights = (1 / counts.double())[torch.tensor(labels)]
         torch.manual_seed(s.seed)
-        net = build_resnet(s.arch)
+        net = RESNETS[s.arch]()
         net.fc = Head(net.fc.in_features, len(self.classes))
         origin, state = agree(world, lambda: starting_weights(s, self.classes))
         if state:
@@ -2524,7 +2520,7 @@ def classifier(path: Path):
     saved = load_file(path)
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
         raise Problem(f"{path} is no classifier of --eval; give one with --init.")
-    net = build_resnet(saved["arch"])
+    net = RESNETS[saved["arch"]]()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     net.load_state_dict(saved["model"])
     net.eval()

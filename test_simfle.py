@@ -544,7 +544,7 @@ def test_part_1_pasted_into_an_empty_module_runs_and_knows_nothing_of_the_rest()
     names = {}
     exec(compile(imports + part, "pasted", "exec"), names)
     torch.manual_seed(0)
-    model = names["SimFLE"](names["BYOL"](names["Backbone"](names["small_resnet"](8)), 8, 4),
+    model = names["SimFLE"](names["BYOL"](names["Backbone"](S.small_resnet(8)), 8, 4),
                             names["FaceMAE"](64, groups=4, image_size=28, patch=4,
                                              **S.VITS["tiny"]), hidden=8, outputs=4)
     model(*(x.cpu() for x in small_inputs()))["loss"].backward()
@@ -588,6 +588,33 @@ def test_a_piece_pasted_into_an_empty_file_runs_its_example(piece):
     pasted = "\n\n".join(dict.fromkeys(text for name, (text, _) in defined.items()
                                        if name in needed))
     exec(compile(f"{imports}\n{pasted}\n{example}", piece, "exec"), {})
+
+
+def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_path, monkeypatch):
+    made = []
+
+    class MyGFL(S.BYOL):
+        def __init__(self, backbone):
+            made.append("gfl")
+            super().__init__(backbone, 8, 4)
+
+    class MyMasking(S.SemanticMasking):
+        def forward(self, C, u=None):
+            made.append("masking")
+            return super().forward(C, u)
+
+    for table in ("RESNETS", "GFLS", "MASKINGS"):
+        monkeypatch.setattr(S, table, dict(getattr(S, table)))
+    code = re.search(r"```python\nimport simfle\n(.*?)```", (HERE / "README.md").read_text(),
+                     re.DOTALL)[1]
+    assert sum(bool(line.strip()) for line in code.split("\n")) <= 5
+    tiny = ["--steps", "1", *TINY]
+    code = code.replace('"--data", "toy"', '"--data", data, *tiny')
+    monkeypatch.chdir(tmp_path)
+    exec(code, dict(simfle=S, MyResNet=lambda: (made.append("resnet"), S.small_resnet(8))[1],
+                    MyGFL=MyGFL, MyMasking=MyMasking, tiny=tiny, data=str(toy)))
+    assert {"resnet", "gfl", "masking"} == set(made)
+    assert Path("runs/faces/backbone.pt").exists()
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
