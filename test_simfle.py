@@ -9,6 +9,7 @@ it, with tiny nets. What takes longer is marked `slow` and runs with `-m slow`.
 import ast
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -552,6 +553,7 @@ def test_part_1_pasted_into_an_empty_module_runs_and_knows_nothing_of_the_rest()
         assert not re.search(r"\b" + re.escape(word), part), word
 
 
+@functools.cache
 def definitions():
     """What simfle.py defines at its top level, by name: the source, and the names it uses."""
     source, found = (HERE / "simfle.py").read_text(), {}
