@@ -813,8 +813,7 @@ PRESETS = {
                    batch_size=64, lr=0.4, steps=400, crop_min=0.3, queue=1024),
 }
 VITS = {
-    "base": dict(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8,
-                 decoder_heads=16),
+    "base": {},  # as `MaskedAutoencoder` stands
     "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4),
 }
 # Supplement B. Rates are per 256 images: 2.0 at 1024; 0.05 and 0.001 at 512.
@@ -840,7 +839,7 @@ MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 class Problem(Exception):
     """Something a user can mend. Its text is one sentence: what, where, what to do."""
 
-    code = 2  # of the program's end
+    code = 2  # that the program ends with
 
 
 class Stopped(Exception):
@@ -860,9 +859,13 @@ def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
     parser = Parser(description="SimFLE: self-supervised facial expression recognition.",
                     allow_abbrev=False)
+    choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=("semantic", "random", "none"),
+                   connection=("distil", "direct"), grouping=("paper", "balanced"), vit=VITS,
+                   eval=PROTOCOLS)
     for f in fields(Settings):
-        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool)
-                else dict(nargs="+") if f.default == () else dict(type=type(f.default)))
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
+                dict(nargs="+") if f.default == () else
+                dict(type=type(f.default), choices=choices.get(f.name), metavar=f.name.upper()))
         if f.name == "eval":
             kind |= dict(nargs="?", const="linear")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -879,10 +882,8 @@ def read_settings(orders: dict) -> Settings:
     trained = run_settings(name) if protocol else {}
     preset = orders.get("preset") or trained.get("preset") or (
         "laptop" if Path(data).name == "toy" else "paper")
-    check_choice("preset", preset, PRESETS)
     base = PRESETS[preset]
     if protocol:
-        check_choice("eval", protocol, PROTOCOLS)
         base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
     if orders.get("gfl", "").startswith("moco") and preset == "paper":
@@ -894,36 +895,24 @@ def read_settings(orders: dict) -> Settings:
     return s
 
 
-def check_choice(name: str, value: str, choices) -> None:
-    """Raises Problem for a value that is none of the choices."""
-    if value not in choices:
-        raise Problem(f"--{name} {value} is not known; it is one of: {', '.join(choices)}.")
+RANGES = {  # of numbers; those that are not here may be anything
+    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size hidden outputs queue "
+                                 "groups patch temperature log_every"),
+    "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
+    "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
+    "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
+    "from 0 to 1": (lambda v: 0 <= v <= 1, "tau"),
+}
 
 
 def check_settings(s: Settings) -> None:
     """Raises Problem for what cannot work, before anything is loaded."""
-    check_choice("arch", s.arch, RESNETS)
-    check_choice("vit", s.vit, VITS)
-    check_choice("grouping", s.grouping, ("paper", "balanced"))
-    check_choice("gfl", s.gfl, GFLS)
-    check_choice("ffl", s.ffl, ("semantic", "random", "none"))
-    check_choice("connection", s.connection, ("distil", "direct"))
+    for words, (within, names) in RANGES.items():
+        for name in names.split():
+            if not within(value := getattr(s, name)):
+                raise Problem(f"--{name.replace('_', '-')} must be {words}, not {value}.")
     if (s.ffl, s.connection) == ("none", "direct"):
-        raise Problem("--connection direct has nothing to connect where --ffl is none; leave one "
-                      "of them out.")
-    for name in ("epochs", "batch_size", "view_size", "ffl_size", "hidden", "outputs", "groups",
-                 "patch", "queue", "log_every", "lr", "temperature"):
-        if not getattr(s, name) > 0:
-            raise Problem(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}.")
-    for name in ("steps", "save_every", "momentum", "weight_decay", "mask_gradient", "alpha",
-                 "beta"):
-        if not getattr(s, name) >= 0:
-            raise Problem(f"--{name.replace('_', '-')} must not be negative.")
-    if not (0 < s.mask_ratio < 1 and 0 <= s.tau <= 1 and 0 < s.crop_min <= 1):
-        raise Problem("--mask-ratio must lie between 0 and 1, --tau from 0 to 1, and --crop-min "
-                      "above 0 and up to 1.")
-    if not 0 < s.labels <= 1:
-        raise Problem(f"--labels is a share above 0 and up to 1, not {s.labels}.")
+        raise Problem("--connection direct has nothing to connect with --ffl none; leave one out.")
     if s.ffl_size == s.patch:
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
     if s.sync_bn and s.eval:
