@@ -811,8 +811,7 @@ PRESETS = {
                    batch_size=64, lr=0.4, steps=400, crop_min=0.3, queue=1024),
 }
 VITS = {
-    "base": dict(width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8,
-                 decoder_heads=16),
+    "base": {},  # as `MaskedAutoencoder` stands
     "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4),
 }
 # Supplement B. Rates are per 256 images: 2.0 at 1024; 0.05 and 0.001 at 512.
@@ -838,7 +837,7 @@ MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 class Problem(Exception):
     """Something a user can mend. Its text is one sentence: what, where, what to do."""
 
-    code = 2  # of the program's end
+    code = 2  # that the program ends with
 
 
 class Stopped(Exception):
@@ -858,9 +857,13 @@ def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
     parser = Parser(description="SimFLE: self-supervised facial expression recognition.",
                     allow_abbrev=False)
+    choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"),
+                   connection=("distil", "direct"), grouping=("paper", "balanced"), vit=VITS,
+                   eval=PROTOCOLS)
     for f in fields(Settings):
-        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool)
-                else dict(nargs="+") if f.default == () else dict(type=type(f.default)))
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
+                dict(nargs="+") if f.default == () else
+                dict(type=type(f.default), choices=choices.get(f.name), metavar=f.name.upper()))
         if f.name == "eval":
             kind |= dict(nargs="?", const="linear")
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -877,10 +880,8 @@ def read_settings(orders: dict) -> Settings:
     trained = run_settings(name) if protocol else {}
     preset = orders.get("preset") or trained.get("preset") or (
         "laptop" if Path(data).name == "toy" else "paper")
-    check_choice("preset", preset, PRESETS)
     base = PRESETS[preset]
     if protocol:
-        check_choice("eval", protocol, PROTOCOLS)
         base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
     if orders.get("gfl", "").startswith("moco") and preset == "paper":
@@ -892,36 +893,24 @@ def read_settings(orders: dict) -> Settings:
     return s
 
 
-def check_choice(name: str, value: str, choices) -> None:
-    """Raises Problem for a value that is none of the choices."""
-    if value not in choices:
-        raise Problem(f"--{name} {value} is not known; it is one of: {', '.join(choices)}.")
+RANGES = {  # of numbers; those that are not here may be anything
+    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size hidden outputs queue "
+                                 "groups patch temperature log_every"),
+    "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
+    "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
+    "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
+    "from 0 to 1": (lambda v: 0 <= v <= 1, "tau"),
+}
 
 
 def check_settings(s: Settings) -> None:
     """Raises Problem for what cannot work, before anything is loaded."""
-    check_choice("arch", s.arch, RESNETS)
-    check_choice("vit", s.vit, VITS)
-    check_choice("grouping", s.grouping, ("paper", "balanced"))
-    check_choice("gfl", s.gfl, GFLS)
-    check_choice("ffl", s.ffl, (*MASKINGS, "none"))
-    check_choice("connection", s.connection, ("distil", "direct"))
+    for words, (within, names) in RANGES.items():
+        for name in names.split():
+            if not within(value := getattr(s, name)):
+                raise Problem(f"--{name.replace('_', '-')} must be {words}, not {value}.")
     if (s.ffl, s.connection) == ("none", "direct"):
-        raise Problem("--connection direct has nothing to connect where --ffl is none; leave one "
-                      "of them out.")
-    for name in ("epochs", "batch_size", "view_size", "ffl_size", "hidden", "outputs", "groups",
-                 "patch", "queue", "log_every", "lr", "temperature"):
-        if not getattr(s, name) > 0:
-            raise Problem(f"--{name.replace('_', '-')} must be above 0, not {getattr(s, name)}.")
-    for name in ("steps", "save_every", "momentum", "weight_decay", "mask_gradient", "alpha",
-                 "beta"):
-        if not getattr(s, name) >= 0:
-            raise Problem(f"--{name.replace('_', '-')} must not be negative.")
-    if not (0 < s.mask_ratio < 1 and 0 <= s.tau <= 1 and 0 < s.crop_min <= 1):
-        raise Problem("--mask-ratio must lie between 0 and 1, --tau from 0 to 1, and --crop-min "
-                      "above 0 and up to 1.")
-    if not 0 < s.labels <= 1:
-        raise Problem(f"--labels is a share above 0 and up to 1, not {s.labels}.")
+        raise Problem("--connection direct has nothing to connect with --ffl none; leave one out.")
     if s.ffl_size == s.patch:
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
     if s.sync_bn and s.eval:
@@ -2370,7 +2359,7 @@ GAP, LINE = 6, 18  # pixels between cells, and of a line of text
 
 
 def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la",
-          colour: str = "black"):
+          colour: str = "black") -> None:
     """Text at a place; anchor as in Pillow."""
     ImageDraw.Draw(picture).text((x, y), text, colour, ImageFont.load_default(size), anchor)
 
@@ -2414,8 +2403,7 @@ def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
 
 
 def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
-    """A curve through points (x, y), side by side at equal distances; what is not finite is left
-    out."""
+    """A curve through points (x, y) at equal distances; what is not finite is left out."""
     points = [p for p in points if math.isfinite(p[1])] or [(0, 0.0)]
     last, low, high = len(points) - 1, min(y for _, y in points), max(y for _, y in points)
     at = [(70 + 320 * i / max(1, last), 160 - 120 * (y - low) / (high - low or 1))
@@ -2473,20 +2461,20 @@ def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image
     rows = [[cell(p) for p in (face, *reconstruct(model, face.expand(8, -1, -1, -1), u,
                                                   colours)[0])] for face in x[:3]]
     below = [[cell(p) for p in row] for row in (x, *reconstruct(model, x, u[:len(x)], colours))]
-    note = ("Visible patches are pasted back. The guess is each patch's pattern; its mean and "
-            "contrast are the original's.")
-    masking = model.ffl.masking
-    names = (["one draw"] * 8 if isinstance(masking, RandomMasking) else
-             [f"group {g}" for g in (u[:, 0] * masking.groups).long().tolist()])
+    names = (["one draw"] * 8 if isinstance(model.ffl.masking, RandomMasking) else
+             [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()])
+    light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
     return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)", rows,
                            columns=["original", *names], note="Grey patches are masked."),
             "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
                                      ["original", "masked", "reconstructed"],
-                                     note=note if model.ffl.mae.norm_pix else note[:32])}
+                                     note="Visible patches are pasted back." + light)}
 
 
-def figure_refinement(records: list[dict]) -> Image.Image:
-    """Reconstruction error and keep frequency over the epochs. (Fig. 3)"""
+def figure_refinement(records: list[dict]) -> Image.Image | None:
+    """Reconstruction error and keep frequency over the epochs that the log holds. (Fig. 3)"""
+    if not (records := [r for r in records if "refinement" in r]):
+        return None
     few = [records[i] for i in torch.linspace(0, len(records) - 1, min(8, len(records))).int()]
     rows, names = [], []
     for key, name in (("error_map", "error under random masks"), ("keep_map", "share kept")):
@@ -2581,26 +2569,25 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
 def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     """Linear accuracy against α or β, the mean of the runs that differ from the run of settings
     `own` in it and in nothing but seeds; None where there is only one value. (Fig. 5)"""
-    points = {}
+    points = defaultdict(list)
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = run_settings(path.parent.name)
         if all(settings.get(k) == v for k, v in own.items()
                if k not in FREE | {key, "seed", "data"}):
-            accuracy = json.loads(path.read_bytes())["accuracy"]
-            points.setdefault(settings.get(key), []).append(accuracy)
+            points[settings.get(key)].append(json.loads(path.read_bytes())["accuracy"])
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
     return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
 
 
 def figure_curves(records: list[dict]) -> Image.Image:
     """What the log holds, over the steps, and the refinement's correlations, over the epochs."""
-    curves = {}
+    curves = defaultdict(list)
     for r in records:
-        numbers, x = (r["refinement"], "epoch") if "refinement" in r else (r, "step")
+        numbers, name, x = ((r["refinement"], "correlation (Fig. 3), {}, by epoch", "epoch")
+                            if "refinement" in r else (r, "{}, by step", "step"))
         for k, v in numbers.items():
             if isinstance(v, float):
-                k = k if x == "step" else f"correlation (Fig. 3), {k}"
-                curves.setdefault(f"{k}, by {x}", []).append((r[x], v))
+                curves[name.format(k)].append((r[x], v))
     plots = [plot(*one) for one in curves.items()]
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
@@ -2621,69 +2608,64 @@ def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
     return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
 
 
-def draw_figures(s: Settings) -> None:
-    """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
-    folder, trained = Path("runs", s.name), s.init != "random"
-    own, log = run_settings(s.name), folder / "log.jsonl"
-    if trained and len(own) == 2:  # its log has no settings
-        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
-        raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose one "
-                      f"with --name, or draw an untrained net with --init random.")
+def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
+    """Names and pictures of all that there is to draw; None for what there is too little of."""
     known = {f.name for f in fields(Settings)} - {"data", "name"}
     model = build_model(replace(s, **{k: v for k, v in own.items() if k in known})).eval()
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    state = "untrained"
-
-    def save(**drawn) -> None:
-        for name, picture in drawn.items():
-            if picture is not None:
-                path = folder / "figures" / f"{name}{'' if trained else '-untrained'}.png"
-                picture = ImageOps.expand(picture, (0, 0, 0, LINE), "white")
-                write(picture, GAP, picture.height - LINE, f"{s.name}, {state}", 12, "la", "grey")
-                write_whole(path, lambda file: picture.save(file, "PNG"))
-                print(path)
-
-    if trained:
-        records = []
-        for line in log.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the run may be writing its last line
-                records.append(json.loads(line))
-        measured = [r for r in records if "refinement" in r]
-        state = f"epoch {max((r.get('epoch', 0) for r in records), default=0)}"
-        save(curves=figure_curves(records),
-             refinement=figure_refinement(measured) if measured else None)
+    if records:
+        yield "curves", figure_curves(records)
+        yield "refinement", figure_refinement(records)
         for path in sorted(folder.glob("eval-*.json")):
             name = path.stem.removeprefix("eval-")
-            save(**{f"confusion-{name}": figure_confusion(json.loads(path.read_bytes()), name)})
+            yield f"confusion-{name}", figure_confusion(json.loads(path.read_bytes()), name)
         for key in ("alpha", "beta"):
-            save(**{key: figure_sweep(key, own, Path(s.data).resolve().name)})
+            yield key, figure_sweep(key, own, Path(s.data).resolve().name)
         path = folder / "checkpoint.pt"
         if not path.exists():
             raise Problem(f"{path} is not written yet, at the end of the first epoch it will be; "
                           f"only what the log holds is drawn.")
         load_state(path, load_file(path), model)
-    pictures = some_pictures(s, 512)
+    pictures, looks = some_pictures(s, 512), {}
     if model.ffl is not None:
         x = read_faces([p for p, _ in pictures[:8]], model.ffl.masking.image_size)
-        save(**figures_masks(model, x, own.get("colours") or colours_of(find_data(s.data))))
-    looks = {}
-    for name in (s.name, *s.compare) if trained else ():
-        path = find_classifier(s, name)
-        if path is None:
+        yield from figures_masks(model, x, own.get("colours")
+                                 or colours_of(find_data(s.data))).items()
+    for name in (s.name, *s.compare) if records else ():
+        if path := find_classifier(s, name):
+            looks[f"{name}\n{path.stem}"] = classifier(path)
+        else:
             print(f"runs/{name} has no classifier, so its attention is not drawn; make one with "
                   f"--eval.")
-        else:
-            looks[f"{name}\n{path.stem}"] = classifier(path)
     if looks:
-        save(attention=figure_attention("Where the classifier looks (Figs. 1, 6, 8)", looks,
-                                        pictures[:8]))
+        yield "attention", figure_attention("Where the classifier looks (Figs. 1, 6, 8)", looks,
+                                            pictures[:8])
         look = next(iter(looks.values()))  # the run's own, where it has one
-        parts = (pictures[k:k + 64] for k in range(0, len(pictures), 64))
-        wrong = [*islice((one for part in parts for one, guess in
-                          zip(part, look([p for p, _ in part])[1]) if one[1] not in (None, guess)),
-                         8)]
-        if wrong:
-            save(mistakes=figure_attention("Taken for another class (Fig. 8 b)", looks, wrong))
+        wrong = ((path, true) for path, true in pictures if true and look([path])[1] != [true])
+        if wrong := list(islice(wrong, 8)):
+            yield "mistakes", figure_attention("Taken for another class (Fig. 8 b)", looks, wrong)
+
+
+def draw_figures(s: Settings) -> None:
+    """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
+    folder, own, records = Path("runs", s.name), run_settings(s.name), []
+    state, suffix = "untrained", "-untrained"
+    if s.init != "random":
+        if len(own) == 2:  # its log has no settings
+            there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
+            raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose "
+                          f"one with --name, or draw an untrained net with --init random.")
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the run may be writing its last line
+                records.append(json.loads(line))
+        state, suffix = f"epoch {max(r.get('epoch', 0) for r in records)}", ""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, picture in figures_of(s, folder, own, records):
+        if picture is not None:
+            path = folder / "figures" / f"{name}{suffix}.png"
+            picture = ImageOps.expand(picture, (0, 0, 0, LINE), "white")
+            write(picture, GAP, picture.height - LINE, f"{s.name}, {state}", 12, "la", "grey")
+            write_whole(path, lambda file: picture.save(file, "PNG"))
+            print(path)
 
 
 # ================================ Benchmark ================================

@@ -1346,8 +1346,8 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
     for args, words in (
             ([*new, "--eval"], "runs/new/backbone.pt is missing"),
             ([*new, "--eval", "finetune", "--name", "nothing"], "is missing, from which"),
-            ([*new, "--eval", "cubic"], "one of: linear, semi, finetune"),
-            ([*new, "--eval", "semi", "--labels", "0"], "--labels is a share above 0"),
+            ([*new, "--eval", "cubic"], "--eval: invalid choice: 'cubic'"),
+            ([*new, "--eval", "semi", "--labels", "0"], "--labels must be above 0 and up to 1"),
             (["--data", "colours", *EVAL[:-1], "resnet18", "--eval", "--name", "colours"],
              "is no resnet18")):
         assert words in complaint(args, trained, monkeypatch, capsys)
@@ -1396,12 +1396,12 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--data", "nowhere"], "no dataset nowhere"),
     (["--no-such-option"], "unrecognized arguments"),
     (["--epochs", "many"], "invalid int value"),
-    (["--preset", "huge"], "one of: paper, laptop"),
-    (["--arch", "vgg"], "one of: small, resnet18"),
+    (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
+    (["--arch", "vgg"], "--arch: invalid choice: 'vgg'"),
     (["--patch", "5", "--preset", "laptop"], "patches of 5 do not divide an image of 28 pixels"),
     (["--groups", "30", "--batch-size", "8"], "30 channel groups do not divide 256 channels"),
     (["--batch-size", "0"], "--batch-size must be above 0"),
-    (["--mask-ratio", "1.5"], "--mask-ratio must lie between 0 and 1"),
+    (["--mask-ratio", "1.5"], "--mask-ratio must be between 0 and 1"),
     (["--batch-size", "1"], "BatchNorm needs 2"),
     (["--batch-size", "1000"], "fewer than a batch of 1000"),
     (["--sync-bn"], "--sync-bn works on GPUs only"),
