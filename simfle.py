@@ -1888,9 +1888,8 @@ class Pretraining(Run):
 
 # ================================ Part III: evaluation ================================
 #
-# Supplement B. The modules of SimFLE are gone; what is evaluated is a plain torchvision ResNet with
-# a linear layer on top. Four protocols by three names, one loop: they differ in what is trained,
-# from what, and how.
+# Supplement B. Of SimFLE only the backbone is left, with a linear layer on top: a plain torchvision
+# ResNet. Four protocols by three names differ in what is trained, from what, and how.
 #
 #     linear      B.1        the layer alone; backbone frozen, BatchNorm statistics included
 #     semi        B.2        everything, on a share of the labels
@@ -1909,53 +1908,44 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """The classes, the paths of all pictures and their labels, of one split. Raises Problem."""
     classes = class_folders(folder)
     if len(classes) < 2:
-        raise Problem(f"{folder} holds {len(classes)} class folders; put its pictures into "
-                      f"folders, one a class.")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = find_pictures(folder / name)
-        paths, labels = paths + found, labels + [label] * len(found)
-    return classes, paths, labels
+        raise Problem(f"{folder} needs two class folders or more, not {len(classes)}.")
+    found = [find_pictures(folder / name) for name in classes]
+    return classes, sum(found, []), [label for label, one in enumerate(found) for _ in one]
 
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     """The images that keep their labels: the same share of every class, at least one. (Sec. B.2)"""
     chosen = []
-    for label in sorted(set(labels)):
+    for label in set(labels):
         mine = [i for i, one in enumerate(labels) if one == label]
         order = torch.randperm(len(mine), generator=stream_of(seed, "labels", label)).tolist()
         chosen += [mine[i] for i in order[:max(1, round(share * len(mine)))]]
     return sorted(chosen)
 
 
-class LabelledFaces(Dataset):
+class LabelledFaces(Faces):
     """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors (Sec. B):
 
-    image (3, 224, 224) uint8, a random crop, or with `crop_min` None the whole picture resized;
-    flip (), drawn, a half; label (); weight (); index (); unreadable (), 1 for a picture that
-    cannot be read.
+    image (3, 224, 224) uint8, a random crop, flipped or not, or with `crop_min` None the whole
+    picture; label (); weight (); index (); unreadable (), 1 for a black one in its place.
     """
+
+    tries = 1  # the next picture may have another label
 
     def __init__(self, paths: list[str], labels: list[int], size: int, crop_min: float | None,
                  seed: int):
-        self.paths, self.labels, self.size = paths, labels, [size] * 2
-        self.crop_min, self.seed = crop_min, seed
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        super().__init__(paths, size, size, crop_min, seed)
+        self.labels = labels
 
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
         epoch, index, weight = key
-        picture, unreadable = Image.new("RGB", (8, 8)), 1
-        with contextlib.suppress(Exception):
-            picture, unreadable = read_picture(self.paths[index]), 0
-        if self.crop_min is None:
-            flip, picture = torch.zeros(1), TF.resize(picture, self.size)
-        else:
-            boxes, flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
-            picture = TF.resized_crop(picture, *boxes[0], self.size)
-        return dict(image=TF.pil_to_tensor(picture), flip=flip[0] > 0.5, index=torch.tensor(index),
-                    label=torch.tensor(self.labels[index]), weight=torch.tensor(weight),
+        picture, unreadable = self.read(index)
+        box, flip = (0, 0, picture.height, picture.width), 0
+        if self.crop_min is not None:
+            (box,), flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
+        image = TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size))
+        return dict(image=image.flip(2) if flip > 0.5 else image, weight=torch.tensor(weight),
+                    label=torch.tensor(self.labels[index]), index=torch.tensor(index),
                     unreadable=torch.tensor(unreadable))
 
 
@@ -1967,80 +1957,64 @@ class Head(nn.Linear):
             return super().forward(x.float())
 
 
+def run_settings(name: str) -> dict:
+    """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
+    try:
+        with open(Path("runs", name, "log.jsonl")) as log:
+            settings = json.loads(log.readline())["settings"]
+        return settings | {"data_name": Path(settings["data"]).resolve().name}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"data": name, "data_name": name}
+
+
 def with_digest(path: Path) -> str:
     """A file's path and the beginning of its SHA-256."""
     return f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
-def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> str:
-    """Fills `net` as the protocol and --init ask for; says from what. (Sec. B) Raises Problem."""
+def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[str, dict]:
+    """What --init and the protocol start from, and the state of `net` with it. A head moves class
+    by class; where there is none, `net`'s own stays. (Sec. B) Raises Problem."""
     if s.init == "random":
-        return "random"
+        return s.init, net.state_dict()
+    run, tune, origin = run_settings(s.name), s.eval == "finetune", s.init
     if s.init == "imagenet":
         try:
-            weights = torchvision.models.get_model_weights(s.arch).IMAGENET1K_V1
-            state = weights.get_state_dict(progress=True)
+            saved = torchvision.models.get_model(s.arch, weights="IMAGENET1K_V1").state_dict()
         except Exception as error:  # no such weights, no network, no space
             raise Problem(f"ImageNet weights for {s.arch} could not be had ({error}); download "
                           f"them to torch's hub folder, or give another --init.") from None
-        saved = {"model": {k: v for k, v in state.items() if not k.startswith("fc.")}}
-        origin = "imagenet"
     else:
-        path = Path(s.init or Path("runs", s.name, "backbone.pt" if s.eval != "finetune" else
-                                   f"linear-{run_settings(s.name)['data_name']}.pt"))
+        own = Path("runs", s.name, f"linear-{run['data_name']}.pt" if tune else "backbone.pt")
+        path, backbone = Path(s.init or own), own.with_name("backbone.pt")
         if not path.exists():
-            order = (f"python simfle.py --data {run_settings(s.name)['data']} --name {s.name}"
-                     + (" --eval" if s.eval == "finetune" else ""))
-            raise Problem(f"{path} is missing, from which this evaluation starts; make it with "
-                          f"`{order}`, or give a file or `random` with --init.")
-        saved = load_file(path)
-        if "model" not in saved:  # plain weights: a backbone, and of a whole ResNet no head
-            saved = {"model": {k: v for k, v in saved.items() if not k.startswith("fc.")}}
-        origin = with_digest(path)
-        backbone = path.with_name("backbone.pt")
-        if not s.init and s.eval == "finetune" and backbone.exists() and (
-                saved.get("start") != with_digest(backbone)):
-            raise Problem(f"{path} was made from another backbone than {backbone} is now; repeat "
-                          f"the linear evaluation with --eval --fresh.")
-    state = saved["model"]
-    if "classes" in saved:  # a classifier: its head moves too, class by class
+            raise Problem(f"{path} is missing, from which this starts; give an --init, or make it: "
+                          f"`python simfle.py --data {run['data']} --name {s.name}"
+                          f"{' --eval' * tune}`.")
+        saved, origin = load_file(path), with_digest(path)
+        if (tune and not s.init and backbone.exists()
+                and saved.get("start") != with_digest(backbone)):
+            raise Problem(f"{path} is of an older {backbone}; repeat it with --eval --fresh.")
+    state, head = saved.get("model", saved), {f"fc.{k}": v for k, v in net.fc.state_dict().items()}
+    if "classes" in saved:
         if sorted(saved["classes"]) != sorted(classes):
-            raise Problem(f"{origin} knows the classes {', '.join(saved['classes'])}, but "
-                          f"{find_data(s.data)} has {', '.join(classes)}; name the folders alike, "
-                          f"or start from a result on the same classes with --init.")
-        rows = [saved["classes"].index(name) for name in classes]
-        state = state | {k: state[k][rows] for k in ("fc.weight", "fc.bias")}
-    elif s.eval == "finetune":
-        raise Problem(f"{origin} has no head, and fine-tuning starts from a linear result; make "
-                      f"one with --eval, or use --eval semi --labels 1.0.")
+            raise Problem(f"{origin} knows {', '.join(saved['classes'])}, but {s.data} has "
+                          f"{', '.join(classes)}; name the classes alike, or give another --init.")
+        head = {k: state[k][[saved["classes"].index(name) for name in classes]] for k in head}
+    elif tune:
+        raise Problem(f"{origin} has no head to fine-tune; make one with --eval, or use "
+                      f"--eval semi --labels 1.0.")
     try:
-        missing, unexpected = net.load_state_dict(state, strict=False)
+        net.load_state_dict(state | head)
     except RuntimeError as error:
-        missing, unexpected = [str(error)], []
-    wrong = [k for k in missing if k not in ("fc.weight", "fc.bias")] + list(unexpected)
-    if wrong:
-        raise Problem(f"{origin} is no {s.arch} ({' '.join(wrong[0].split())[:200]}); give the "
-                      f"--arch that it was trained with.")
-    return origin
-
-
-def run_settings(name: str) -> dict:
-    """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
-    log = Path("runs", name, "log.jsonl")
-    try:
-        with open(log) as file:
-            settings = json.loads(file.readline())["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"data": name, "data_name": name}
-    return settings | {"data_name": Path(settings["data"]).resolve().name}
+        raise Problem(f"{origin} is no {s.arch} ({' '.join(str(error).split())[:150]}); give the "
+                      f"--arch that it was trained with.") from None
+    return origin, net.state_dict()
 
 
 class Evaluation(Run):
-    """One protocol of Supplement B on one dataset. (Sec. 4.2, B)
-
-    Writes <protocol>-<data>.pt, the classifier, and eval-<protocol>-<data>.json into the run's
-    folder.
-    """
+    """One protocol on one dataset: leaves a classifier, PROTOCOL-DATA.pt, and its accuracy,
+    eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B)"""
 
     shown, partial, forgiving = ("loss", "accuracy"), True, False
     ignored = frozenset(("ffl_size", "hidden", "outputs", "gfl", "ffl", "connection", "queue",
@@ -2048,35 +2022,29 @@ class Evaluation(Run):
                          "norm_pix", "alpha", "beta", "temperature", "sync_bn"))
 
     def __init__(self, s: Settings, world: World):
-        self.frozen = s.eval == "linear"
-        folder = find_data(s.data)
+        folder, self.frozen = find_data(s.data), s.eval == "linear"
         self.classes, paths, labels = labelled_pictures(folder / "train")
-        val_classes, self.val_paths, self.val_labels = labelled_pictures(folder / "val")
+        val_classes, *self.val = labelled_pictures(folder / "val")
         if val_classes != self.classes:
             raise Problem(f"{folder}/train has the classes {', '.join(self.classes)}, but val has "
                           f"{', '.join(val_classes)}; both need the same.")
         if s.eval == "semi":
             chosen = share_of_labels(labels, s.labels, s.seed)
             paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
-        weights = None
-        if s.oversample:  # Table 2: every class is seen equally often
-            counts = torch.bincount(torch.tensor(labels), minlength=len(self.classes))
-            weights = (1 / counts.double())[torch.tensor(labels)]
+        mass = 1 / torch.bincount(torch.tensor(labels)).double()  # Table 2: every class alike
         torch.manual_seed(s.seed)
         net = build_resnet(s.arch)
         net.fc = Head(net.fc.in_features, len(self.classes))
-        origin = agree(world, lambda: starting_weights(s, net, self.classes))
-        if self.frozen:
-            net.requires_grad_(False).fc.requires_grad_(True)
+        origin, state = agree(world, lambda: starting_weights(s, net, self.classes))
+        net.load_state_dict(state)
         net.train(not self.frozen)
-        self.tag = "-".join([s.eval] + [f"{s.labels:g}"] * (s.eval == "semi")
-                            + [Path(s.data).resolve().name]
-                            + [Path(s.init).stem] * bool(s.init) + ["oversample"] * s.oversample)
+        self.tag = "-".join(filter(None, (
+            s.eval, s.eval == "semi" and f"{s.labels:g}", Path(s.data).resolve().name,
+            Path(s.init).stem, s.oversample and "oversample")))
         super().__init__(s, world, LabelledFaces(paths, labels, s.view_size, s.crop_min, s.seed),
                          net, trained=net.fc if self.frozen else net, suffix="-" + self.tag,
-                         weights=weights, start=origin)
-        if self.frozen:
-            self.before = {k: v.clone() for k, v in self.model.state_dict().items()}
+                         weights=mass[labels] if s.oversample else None, start=origin)
+        self.before = {k: v.clone() for k, v in net.state_dict().items() if self.frozen}
 
     def rehearsal(self, wrapped: nn.Module) -> Tensor:
         width = self.model.fc.in_features
@@ -2087,42 +2055,38 @@ class Evaluation(Run):
     def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
         x = normalise(image, self.colours)
-        if not self.frozen:
-            return wrapped(x)
-        with torch.no_grad():
-            pooled = feature_map(self.model, x).mean(dim=(2, 3))
-        return wrapped(pooled)
+        if self.frozen:
+            with torch.no_grad():
+                x = feature_map(self.model, x).mean(dim=(2, 3))
+        return wrapped(x)
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
-        image, label, weight = batch["image"], batch["label"], batch["weight"]
-        image = torch.where(batch["flip"][:, None, None, None], image.flip(3), image)
-        logits = self.predict(self.wrapped, image)
-        # Images that were repeated to fill a share have the weight 0. Every process divides by the
-        # mean count over processes, so that DDP's mean of gradients is that of the whole batch.
-        done = place[1]
-        count = min(self.batches.batch, len(self.faces) - done) / self.world.size
-        loss = (weight * F.cross_entropy(logits.float(), label, reduction="none")).sum() / count
-        right = (weight * (logits.argmax(dim=1) == label)).sum() / count
-        return {"loss": loss, "accuracy": right}
+        label, weight = batch["label"], batch["weight"]
+        logits = self.predict(self.wrapped, batch["image"])
+        # Repeated images have the weight 0. Every process divides by the mean count over processes,
+        # so that DDP's mean of gradients is that of the whole batch.
+        count = min(self.batches.batch, len(self.faces) - place[1]) / self.world.size
+        loss = (weight * F.cross_entropy(logits, label, reduction="none")).sum() / count
+        return {"loss": loss, "accuracy": (weight * (logits.argmax(dim=1) == label)).sum() / count}
 
     def schedule(self, progress: float) -> float:
         return 1.0 if self.frozen else super().schedule(progress)
 
     def epoch_ends(self, epoch: int, step: int) -> None:
-        if self.frozen:  # B.1's trap: nothing but the head may have moved, no statistics either
-            moved = [k for k, v in self.model.state_dict().items()
-                     if not k.startswith("fc.") and not torch.equal(v, self.before[k])]
-            assert not moved, f"a frozen backbone has changed: {moved[:3]}"
+        # B.1's trap: nothing but the head may have moved, no statistics either.
+        now = self.model.state_dict()
+        moved = [k for k, v in self.before.items() if k[:3] != "fc." and not torch.equal(v, now[k])]
+        assert not moved, f"a frozen backbone has changed: {moved[:3]}"
 
     @torch.no_grad()
     def confusion(self) -> Tensor:
-        """(classes, classes): how many images of class i (row) were taken for class j. Every test
-        image counts once, whatever the number of processes. Raises Problem."""
+        """(classes, classes): how many test images of class i (row) were taken for class j. Each
+        counts once, whatever the number of processes. Raises Problem."""
         world, K = self.world, len(self.classes)
-        faces = LabelledFaces(self.val_paths, self.val_labels, self.s.view_size, None, 0)
-        mine = list(range(world.rank, len(faces), world.size))
-        size = min(256, self.s.batch_size)
-        batches = [[(0, i, 1.0) for i in mine[k:k + size]] for k in range(0, len(mine), size)]
+        faces = LabelledFaces(*self.val, self.s.view_size, None, 0)
+        size = min(256, self.s.batch_size) * world.size
+        batches = Batches(len(faces), size, steps_per_epoch(len(faces), size, True), 0, world.rank,
+                          world.size, partial=True)
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
         if world.size > 1:  # one network is tested, the one that is saved: process 0's statistics
             for buffer in self.model.buffers():
@@ -2130,30 +2094,30 @@ class Evaluation(Run):
         self.model.eval()
         for batch in self.loader(faces, batches):
             self.check_pictures(faces, batch, 0)
+            batch = {k: v.to(world.device) for k, v in batch.items()}
             with self.mixed_precision():
-                guess = self.predict(self.trained, batch["image"].to(world.device)).argmax(dim=1)
-            pair = batch["label"].to(world.device) * K + guess
-            counts[:-1] += torch.bincount(pair, minlength=K * K)
-            counts[-1] += batch["unreadable"].sum()
+                guess = self.predict(self.trained, batch["image"]).argmax(dim=1)
+            pair = (batch["label"] * K + guess).masked_fill(batch["unreadable"], K * K)
+            counts += torch.bincount(pair, batch["weight"], K * K + 1)
         if world.size > 1:
             dist.all_reduce(counts)
-        self.check_pictures(faces, {"index": torch.tensor([]), "unreadable": torch.tensor([])},
-                            counts[-1].item())
+        self.check_pictures(faces, batch, counts[-1].item())
         return counts[:-1].long().cpu().reshape(K, K)
 
     def go(self) -> dict:
         """Trains, tests the last epoch's weights, writes the files and tells. Raises Problem."""
         super().go()
+        s, path = self.s, self.folder / f"{self.tag}.pt"
         result = summary(self.confusion(), self.classes)
+        result |= dict(protocol=s.eval, settings=self.settings, reported="last epoch")
+        saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
+                     classes=self.classes, mean=self.colours[0], std=self.colours[1], arch=s.arch,
+                     size=s.view_size, start=self.settings["start"])
         if self.world.first:
-            result |= {"protocol": self.s.eval, "settings": self.settings, "reported": "last epoch"}
-            content = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
-                           classes=self.classes, mean=self.colours[0], std=self.colours[1],
-                           arch=self.s.arch, size=self.s.view_size, start=self.settings["start"])
-            write_whole(self.folder / f"{self.tag}.pt", lambda file: torch.save(content, file))
-            write_whole(self.folder / f"eval-{self.tag}.json",
+            write_whole(path, lambda file: torch.save(saved, file))
+            write_whole(path.with_name(f"eval-{self.tag}.json"),
                         lambda file: file.write(json.dumps(result, indent=1).encode()))
-            self.status.say(in_words(result, self.folder / f"{self.tag}.pt"))
+            self.status.say(in_words(result, path))
         return result
 
 
@@ -2165,28 +2129,15 @@ def summary(confusion: Tensor, classes: list[str]) -> dict:
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())
 
 
-def in_words(result: dict, file: Path) -> str:
+def in_words(result: dict, path: Path) -> str:
     """The result as a table for the screen."""
-    names = list(result["per_class"])
-    wide = max(map(len, names))
-    lines = [f"{file}: {result['accuracy']:.2f} % of {result['images']} test images right after "
-             f"the last epoch; mean of the classes {result['mean_accuracy']:.2f} %",
-             " " * wide + "    right   taken for: " + "  ".join(f"{n[:8]:>8}" for n in names)]
-    for name, row in zip(names, result["confusion"]):
-        lines.append(f"{name:{wide}}  {result['per_class'][name]:5.1f} %              "
-                     + "  ".join(f"{n:8}" for n in row))
-    return "\n".join(lines)
-
-
-def evaluate(s: Settings, world: World) -> dict:
-    """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
-    def needs_linear() -> bool:
-        own, data = run_settings(s.name)["data_name"], Path(s.data).resolve().name
-        return own == data and not Path("runs", s.name, f"linear-{own}.pt").exists()
-
-    if s.eval == "finetune" and not s.init and agree(world, needs_linear):
-        evaluate(replace(s, **as_linear(s)), world)
-    return Evaluation(s, world).go()
+    right, wide = result["per_class"], max(map(len, result["per_class"]))
+    rows = [f"{name:{wide}}  {right[name]:5.1f} %{'':14}" + "  ".join(f"{n:8}" for n in row)
+            for name, row in zip(right, result["confusion"])]
+    return "\n".join((
+        f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after the "
+        f"last epoch; mean of the classes {result['mean_accuracy']:.2f} %",
+        f"{'':{wide}}    right   taken for: " + "  ".join(f"{n[:8]:>8}" for n in right), *rows))
 
 
 def as_linear(s: Settings) -> dict:
@@ -2195,42 +2146,47 @@ def as_linear(s: Settings) -> dict:
                 **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
 
 
+def evaluate(s: Settings, world: World) -> dict:
+    """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
+    data = Path(s.data).resolve().name
+    no_linear = agree(world, lambda: data == run_settings(s.name)["data_name"] and not Path(
+        "runs", s.name, f"linear-{data}.pt").exists())
+    if s.eval == "finetune" and not s.init and no_linear:
+        evaluate(replace(s, **as_linear(s)), world)
+    return Evaluation(s, world).go()
+
+
 # ================================ Part IV: other rows of the tables =============================
 #
 # Section 4.3 takes parts of SimFLE away (Table 3) or puts another method in BYOL's place (Table 4).
-# Each is one class here, in Part I's words and letters and with its interfaces, so that nothing
-# else in the file asks which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+# Each is one class here, with the interface of what it replaces in Part I, so that nothing else in
+# the file asks which it is. Augmentation, optimiser and schedule stay Section 4.1's.
 
 
 # ===== Table 3: parts taken away =====
 
 
 class GFLAlone(nn.Module):
-    """One branch only; interface as `SimFLE`, but I and u are not used. (Table 3 a, Table 1)"""
-
-    def __init__(self, gfl: nn.Module):
-        super().__init__()
-        self.gfl, self.ffl = gfl, None
+    """One branch only; I and u are not used. (Table 3 a, Table 1)"""
 
     backbone, update = SimFLE.backbone, SimFLE.update
 
-    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
-                u: Tensor | None = None) -> dict[str, Tensor]:
+    def __init__(self, gfl: nn.Module, ffl: FaceMAE | None = None):
+        super().__init__()
+        self.gfl, self.ffl = gfl, ffl
+
+    def forward(self, v1: Tensor, v2: Tensor, *_: Tensor) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         return report(L_s, L_s=L_s, spread=spread(z1))
 
 
-class DirectSimFLE(nn.Module):
-    """No distillation: the map X keeps its gradient instead; interface as `SimFLE`. (Table 3 b)
-
-    L_g and the refinement then train the backbone through the grouping layer.
-    """
+class DirectSimFLE(GFLAlone):
+    """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
+    the backbone too, through the grouping layer. (Table 3 b)"""
 
     def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
-        super().__init__()
-        self.gfl, self.ffl, self.beta = gfl, ffl, beta
-
-    backbone, update = SimFLE.backbone, SimFLE.update
+        super().__init__(gfl, ffl)
+        self.beta = beta
 
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
                 u: Tensor | None = None) -> dict[str, Tensor]:
@@ -2241,10 +2197,10 @@ class DirectSimFLE(nn.Module):
 
 
 class RandomMasking(SemanticMasking):
-    """Masks at random; interface as `SemanticMasking`, with u (B, 49) for scores. (Table 3 c)
+    """Masks at random, with u (B, 49) for scores. (Table 3 c)
 
-    All else is shared with semantic masking, the grouping layer and L_g too: they train each other,
-    and nothing else learns from them. The paper counts the same arithmetic for both.
+    The grouping layer and L_g stay, as the paper's count of arithmetic says; they train each other
+    alone.
     """
 
     def forward(self, C: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -2258,10 +2214,8 @@ class RandomMasking(SemanticMasking):
 # SimSiam shows that BYOL's target needs no inertia, only its constancy. The others compare faces
 # with each other: a view must find the other view of its face (the positive) among those of other
 # faces (the negatives), and cannot while all are one point. MoCo keeps its negatives in a queue,
-# SimCLR takes them from the batch.
-#
-# Processes: the negatives are those of all processes. How tensors come together is told from
-# outside: gather (B, ...) -> (W·B, ...) joins those of W processes in the order of their ranks.
+# SimCLR takes them from the batch. In both they come from all W processes, and how is told from
+# outside: gather (B, ...) -> (W·B, ...) joins tensors in the order of the ranks.
 
 
 def alone(x: Tensor) -> Tensor:
@@ -2276,7 +2230,7 @@ def two_layers(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class SimSiam(nn.Module):
-    """GFL by SimSiam (Chen and He, 2021); interface as `BYOL`. (Table 4)
+    """GFL by SimSiam (Chen and He, 2021). (Table 4)
 
     BYOL without a target: a prediction aims at the online stream's own projection of the other
     view, held constant. L_s is 1 − cos, averaged over both orders: SimSiam's loss plus 1.
@@ -2285,8 +2239,7 @@ class SimSiam(nn.Module):
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
         self.online = Stream(backbone, nn.Sequential(
-            nn.Linear(backbone.channels, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+            *mlp(backbone.channels, width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
             nn.Linear(width, width), nn.BatchNorm1d(width, affine=False)))
         self.predictor = mlp(width, bottleneck, width)
 
@@ -2301,32 +2254,28 @@ class SimSiam(nn.Module):
 
 
 class MoCo(nn.Module):
-    """GFL by MoCo (He et al., 2020); interface as `BYOL`. (Table 4)
+    """GFL by MoCo (He et al., 2020). (Table 4)
 
-    MoCo v2 is this with the head `two_layers` and t = 0.2.
-
-    The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
-    of earlier batches, in a queue that is the same in every process. Only v1 is seen with gradient,
-    so L_d has two vectors, z_m and z_v1: of v2 there are features of the target alone, to which
-    nothing can be distilled.
+    MoCo v2 is this with the head `two_layers` and t = 0.2. The online stream makes of v1 the query
+    q, the target of v2 its key; the negatives are the keys of earlier batches, in a queue that is
+    the same in every process. Only v1 is seen with gradient, so L_d has two vectors, z_m and z_v1:
+    nothing can be distilled into the target's features of v2.
 
     deal: v (B, ...) -> as many images of all processes, mixed, and a function that puts what was
-    computed of them back in place. That is shuffling BatchNorm: the statistics of one batch are
-    like a mark on all that was computed with it, and a query would know its key by the mark.
-    Mixed, they have been normalised among other images. One process has none to mix with.
+    computed of them back in place. That is shuffling BatchNorm: a query would know its key by the
+    statistics of the batch that both were normalised with. One process has none to mix with.
     """
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, outputs: int = 128,
+    def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128,
                  queue: int = 65_536, t: float = 0.07, tau: float = 0.999, gather=alone,
                  deal=lambda v: (v, alone)):
         super().__init__()
         self.t, self.tau, self.gather, self.deal = t, tau, gather, deal
-        self.online = Stream(backbone, projector)
+        self.online = Stream(backbone, head(backbone.channels, outputs))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        # Departure 15: empty at first. MoCo's authors begin with random directions; no face is like
-        # them, so that to map all faces to one point is then the quickest way to the positive. (v2
-        # on the toy faces, 1,024 keys, one seed: spread 0.0008 after 140 steps with random ones,
-        # 0.025 after 150 when empty.)
+        # Departure 15: empty at first. No face is like the random directions of MoCo's authors, and
+        # the quickest way to the positive is then to map all faces to one point. (v2, toy faces,
+        # 1,024 keys, one seed: spread 0.0008 after 140 steps; when empty 0.025 after 150.)
         self.register_buffer("queue", torch.zeros(queue, outputs))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))  # the queue's oldest key
 
@@ -2334,12 +2283,11 @@ class MoCo(nn.Module):
         z1, h1 = self.online(v1)
         with torch.no_grad():
             mixed, back = self.deal(v2)
-            k = F.normalize(back(self.target(mixed)[0]).float(), dim=1)
-        self.keys = k  # join the queue with `update`
+            self.keys = F.normalize(back(self.target(mixed)[0]).float(), dim=1)  # see `update`
         with full_precision(z1):
             q = F.normalize(z1.float(), dim=1)
-            positive, negative = (q * k).sum(dim=1, keepdim=True), q @ self.queue.T  # (B, 65536)
-            negative = negative.masked_fill((self.queue == 0).all(dim=1), -math.inf)  # empty places
+            positive, empty = (q * self.keys).sum(dim=1, keepdim=True), (self.queue == 0).all(dim=1)
+            negative = (q @ self.queue.T).masked_fill(empty, -math.inf)  # (B, 65536)
             logits = torch.cat([positive, negative], dim=1) / self.t
             right = torch.zeros(len(q), dtype=torch.long, device=q.device)
             return F.cross_entropy(logits, right), [h1], z1
@@ -2361,32 +2309,28 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
     """
     with full_precision(z1):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-        views = len(z)
-        itself = torch.eye(views, dtype=torch.bool, device=z.device)
-        similarity = (z @ z.T / t).masked_fill(itself, -math.inf)
-        other = (torch.arange(views, device=z.device) + views // 2) % views
-        return F.cross_entropy(similarity, other)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        other = torch.arange(len(z), device=z.device).roll(len(z1))
+        return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
 
 
 class SimCLR(nn.Module):
-    """GFL by SimCLR (Chen et al., 2020); interface as `BYOL`. (Table 4)
+    """GFL by SimCLR (Chen et al., 2020). (Table 4)
 
-    Every process computes the loss of the whole batch from all processes' projections. Through
-    `gather` each gets the gradient of all these equal losses, W times that of one, and
-    DistributedDataParallel divides it by W again.
+    Every process computes the loss of the whole batch. Through `gather` each gets the gradient of
+    all these equal losses, W times that of one; DistributedDataParallel divides it by W again.
     """
 
-    def __init__(self, backbone: Backbone, projector: nn.Module, t: float = 0.1, gather=alone):
+    def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1, gather=alone):
         super().__init__()
         self.t, self.gather = t, gather
-        self.online = Stream(backbone, projector)
+        self.online = Stream(backbone, two_layers(backbone.channels, outputs))
+
+    update = SimSiam.update
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
         return nt_xent(self.gather(z1), self.gather(z2), self.t), [h1, h2], z1
-
-    def update(self) -> None:
-        """There is no target."""
 
 
 # How each is built from the settings. SimSiam's 2048 and 512 are a half and an eighth of `hidden`,
@@ -2394,14 +2338,9 @@ class SimCLR(nn.Module):
 GFLS = {
     "byol": lambda s, f, gather, deal: BYOL(f, s.hidden, s.outputs, s.tau),
     "simsiam": lambda s, f, gather, deal: SimSiam(f, s.hidden // 2, s.hidden // 8),
-    "moco": lambda s, f, gather, deal: MoCo(
-        f, nn.Linear(f.channels, s.outputs // 2), s.outputs // 2, s.queue, 0.07, s.tau, gather,
-        deal),
-    "mocov2": lambda s, f, gather, deal: MoCo(
-        f, two_layers(f.channels, s.outputs // 2), s.outputs // 2, s.queue, 0.2, s.tau, gather,
-        deal),
-    "simclr": lambda s, f, gather, deal: SimCLR(
-        f, two_layers(f.channels, s.outputs // 2), 0.1, gather),
+    "moco": lambda s, f, *how: MoCo(f, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
+    "mocov2": lambda s, f, *how: MoCo(f, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
+    "simclr": lambda s, f, gather, deal: SimCLR(f, s.outputs // 2, 0.1, gather),
 }
 
 
