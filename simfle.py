@@ -2061,10 +2061,9 @@ class Evaluation(Run):
         return wrapped(x)
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
-        label, weight = batch["label"], batch["weight"]
+        label, weight = batch["label"], batch["weight"]  # 0 for repeated images
         logits = self.predict(self.wrapped, batch["image"])
-        # Repeated images have the weight 0. Every process divides by the mean count over processes,
-        # so that DDP's mean of gradients is that of the whole batch.
+        # The mean count over processes: so DDP's mean of gradients is that of the whole batch.
         count = min(self.batches.batch, len(self.faces) - place[1]) / self.world.size
         loss = (weight * F.cross_entropy(logits, label, reduction="none")).sum() / count
         return {"loss": loss, "accuracy": (weight * (logits.argmax(dim=1) == label)).sum() / count}
@@ -2107,13 +2106,13 @@ class Evaluation(Run):
     def go(self) -> dict:
         """Trains, tests the last epoch's weights, writes the files and tells. Raises Problem."""
         super().go()
-        s, path = self.s, self.folder / f"{self.tag}.pt"
+        s, (mean, std), path = self.s, self.colours, self.folder / f"{self.tag}.pt"
         result = summary(self.confusion(), self.classes)
         result |= dict(protocol=s.eval, settings=self.settings, reported="last epoch")
-        saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
-                     classes=self.classes, mean=self.colours[0], std=self.colours[1], arch=s.arch,
-                     size=s.view_size, start=self.settings["start"])
         if self.world.first:
+            saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
+                         classes=self.classes, mean=mean, std=std, arch=s.arch, size=s.view_size,
+                         start=self.settings["start"])
             write_whole(path, lambda file: torch.save(saved, file))
             write_whole(path.with_name(f"eval-{self.tag}.json"),
                         lambda file: file.write(json.dumps(result, indent=1).encode()))
@@ -2149,9 +2148,9 @@ def as_linear(s: Settings) -> dict:
 def evaluate(s: Settings, world: World) -> dict:
     """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
     data = Path(s.data).resolve().name
-    no_linear = agree(world, lambda: data == run_settings(s.name)["data_name"] and not Path(
-        "runs", s.name, f"linear-{data}.pt").exists())
-    if s.eval == "finetune" and not s.init and no_linear:
+    needed = agree(world, lambda: run_settings(s.name)["data_name"] == data
+                   and not Path("runs", s.name, f"linear-{data}.pt").exists())
+    if s.eval == "finetune" and not s.init and needed:
         evaluate(replace(s, **as_linear(s)), world)
     return Evaluation(s, world).go()
 
@@ -2199,8 +2198,8 @@ class DirectSimFLE(GFLAlone):
 class RandomMasking(SemanticMasking):
     """Masks at random, with u (B, 49) for scores. (Table 3 c)
 
-    The grouping layer and L_g stay, as the paper's count of arithmetic says; they train each other
-    alone.
+    The grouping layer and L_g stay, as the paper's count of arithmetic says: they train each other,
+    and nothing else learns from them.
     """
 
     def forward(self, C: Tensor, u: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
