@@ -1855,9 +1855,8 @@ class Pretraining(Run):
 
 # ================================ Part III: evaluation ================================
 #
-# Supplement B. The modules of SimFLE are gone; what is evaluated is a plain torchvision ResNet with
-# a linear layer on top. Four protocols by three names, one loop: they differ in what is trained,
-# from what, and how.
+# Supplement B. Of SimFLE only the backbone is left, with a linear layer on top: a plain torchvision
+# ResNet. Four protocols by three names differ in what is trained, from what, and how.
 #
 #     linear      B.1        the layer alone; backbone frozen, BatchNorm statistics included
 #     semi        B.2        everything, on a share of the labels
@@ -1876,17 +1875,15 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """The classes, the paths of all pictures and their labels, of one split. Raises Problem."""
     classes = class_folders(folder)
     if len(classes) < 2:
-        raise Problem(f"{folder} holds {len(classes)} class folders; put its pictures into "
-                      f"folders, one a class.")
-    found = [(path, label) for label, name in enumerate(classes)
-             for path in find_pictures(folder / name)]
-    return classes, [path for path, _ in found], [label for _, label in found]
+        raise Problem(f"{folder} needs two class folders or more, not {len(classes)}.")
+    found = [find_pictures(folder / name) for name in classes]
+    return classes, sum(found, []), [label for label, one in enumerate(found) for _ in one]
 
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     """The images that keep their labels: the same share of every class, at least one. (Sec. B.2)"""
     chosen = []
-    for label in sorted(set(labels)):
+    for label in set(labels):
         mine = [i for i, one in enumerate(labels) if one == label]
         order = torch.randperm(len(mine), generator=stream_of(seed, "labels", label)).tolist()
         chosen += [mine[i] for i in order[:max(1, round(share * len(mine)))]]
@@ -1894,14 +1891,13 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
 
 
 class LabelledFaces(Faces):
-    """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors. (Sec. B)
+    """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors (Sec. B):
 
-    image (3, 224, 224) uint8, a random crop, or with `crop_min` None the whole picture resized;
-    flip (), drawn, a half; label (); weight (); index (); unreadable (), 1 for a picture that
-    cannot be read.
+    image (3, 224, 224) uint8, a random crop, flipped or not, or with `crop_min` None the whole
+    picture; label (); weight (); index (); unreadable (), 1 for a black one in its place.
     """
 
-    tries = 1  # another picture would have another label
+    tries = 1  # the next picture may have another label
 
     def __init__(self, paths: list[str], labels: list[int], size: int, crop_min: float | None,
                  seed: int):
@@ -1911,13 +1907,12 @@ class LabelledFaces(Faces):
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
         epoch, index, weight = key
         picture, unreadable = self.read(index)
-        if self.crop_min is None:
-            flip, picture = torch.zeros(1), TF.resize(picture, self.view_size)
-        else:
-            boxes, flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
-            picture = TF.resized_crop(picture, *boxes[0], self.view_size)
-        return dict(image=TF.pil_to_tensor(picture), flip=flip[0] > 0.5, index=torch.tensor(index),
-                    label=torch.tensor(self.labels[index]), weight=torch.tensor(weight),
+        box, flip = (0, 0, picture.height, picture.width), 0
+        if self.crop_min is not None:
+            (box,), flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
+        image = TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size))
+        return dict(image=image.flip(2) if flip > 0.5 else image, weight=torch.tensor(weight),
+                    label=torch.tensor(self.labels[index]), index=torch.tensor(index),
                     unreadable=torch.tensor(unreadable))
 
 
@@ -1932,9 +1927,9 @@ class Head(nn.Linear):
 def run_settings(name: str) -> dict:
     """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
     try:
-        with open(Path("runs", name, "log.jsonl")) as file:
-            settings = json.loads(file.readline())["settings"]
-            return settings | {"data_name": Path(settings["data"]).resolve().name}
+        with open(Path("runs", name, "log.jsonl")) as log:
+            settings = json.loads(log.readline())["settings"]
+        return settings | {"data_name": Path(settings["data"]).resolve().name}
     except (OSError, ValueError, KeyError, TypeError):
         return {"data": name, "data_name": name}
 
@@ -1944,63 +1939,49 @@ def with_digest(path: Path) -> str:
     return f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
 
 
-def starting_weights(s: Settings, classes: list[str]) -> tuple[str, dict]:
-    """What the protocol and --init start from: its name, its weights. (Sec. B) Raises Problem."""
+def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[str, dict]:
+    """What --init and the protocol start from, and the state of `net` with it. A head moves class
+    by class; where there is none, `net`'s own stays. (Sec. B) Raises Problem."""
     if s.init == "random":
-        return s.init, {}
+        return s.init, net.state_dict()
+    run, tune, origin = run_settings(s.name), s.eval == "finetune", s.init
     if s.init == "imagenet":
         try:
-            weights = torchvision.models.get_model_weights(s.arch).IMAGENET1K_V1
-            origin, saved = s.init, weights.get_state_dict(progress=True)
+            saved = torchvision.models.get_model(s.arch, weights="IMAGENET1K_V1").state_dict()
         except Exception as error:  # no such weights, no network, no space
             raise Problem(f"ImageNet weights for {s.arch} could not be had ({error}); download "
                           f"them to torch's hub folder, or give another --init.") from None
     else:
-        own, tuned = run_settings(s.name), s.eval == "finetune"
-        start = f"linear-{own['data_name']}.pt" if tuned else "backbone.pt"
-        path = Path(s.init or Path("runs", s.name, start))
+        own = Path("runs", s.name, f"linear-{run['data_name']}.pt" if tune else "backbone.pt")
+        path, backbone = Path(s.init or own), own.with_name("backbone.pt")
         if not path.exists():
-            raise Problem(f"{path} is missing, from which this evaluation starts; make it with "
-                          f"`python simfle.py --data {own['data']} --name {s.name}"
-                          f"{' --eval' * tuned}`, or give a file or `random` with --init.")
-        origin, saved = with_digest(path), load_file(path)
-        backbone = path.with_name("backbone.pt")
-        if tuned and not s.init and backbone.exists() and (
-                saved.get("start") != with_digest(backbone)):
-            raise Problem(f"{path} was made from another backbone than {backbone} is now; repeat "
-                          f"the linear evaluation with --eval --fresh.")
-    state = saved.get("model", saved)
-    if "classes" not in saved:  # a backbone, or a whole ResNet, whose head is of other classes
-        if s.eval == "finetune":
-            raise Problem(f"{origin} has no head, and fine-tuning starts from a linear result; "
-                          f"make one with --eval, or use --eval semi --labels 1.0.")
-        return origin, {k: v for k, v in state.items() if not k.startswith("fc.")}
-    if sorted(saved["classes"]) != sorted(classes):
-        raise Problem(f"{origin} knows the classes {', '.join(saved['classes'])}, but "
-                      f"{find_data(s.data)} has {', '.join(classes)}; name the folders alike, or "
-                      f"start from a result on the same classes with --init.")
-    rows = [saved["classes"].index(name) for name in classes]  # its head moves class by class
-    return origin, state | {k: state[k][rows] for k in ("fc.weight", "fc.bias")}
-
-
-def load_start(net: nn.Module, origin: str, state: dict, arch: str) -> None:
-    """Fills `net` with all of `state`, which may lack a head. Raises Problem."""
+            raise Problem(f"{path} is missing, from which this starts; give an --init, or make it: "
+                          f"`python simfle.py --data {run['data']} --name {s.name}"
+                          f"{' --eval' * tune}`.")
+        saved, origin = load_file(path), with_digest(path)
+        if (tune and not s.init and backbone.exists()
+                and saved.get("start") != with_digest(backbone)):
+            raise Problem(f"{path} is of an older {backbone}; repeat it with --eval --fresh.")
+    state, head = saved.get("model", saved), {f"fc.{k}": v for k, v in net.fc.state_dict().items()}
+    if "classes" in saved:
+        if sorted(saved["classes"]) != sorted(classes):
+            raise Problem(f"{origin} knows {', '.join(saved['classes'])}, but {s.data} has "
+                          f"{', '.join(classes)}; name the classes alike, or give another --init.")
+        head = {k: state[k][[saved["classes"].index(name) for name in classes]] for k in head}
+    elif tune:
+        raise Problem(f"{origin} has no head to fine-tune; make one with --eval, or use "
+                      f"--eval semi --labels 1.0.")
     try:
-        missing, wrong = net.load_state_dict(state, strict=False)
-        wrong = [k for k in missing if k not in ("fc.weight", "fc.bias")] + wrong
+        net.load_state_dict(state | head)
     except RuntimeError as error:
-        wrong = [str(error)]
-    if wrong:
-        raise Problem(f"{origin} is no {arch} ({' '.join(wrong[0].split())[:200]}); give the "
-                      f"--arch that it was trained with.")
+        raise Problem(f"{origin} is no {s.arch} ({' '.join(str(error).split())[:150]}); give the "
+                      f"--arch that it was trained with.") from None
+    return origin, net.state_dict()
 
 
 class Evaluation(Run):
-    """One protocol of Supplement B on one dataset. (Sec. 4.2, B)
-
-    Writes <protocol>-<data>.pt, the classifier, and eval-<protocol>-<data>.json into the run's
-    folder.
-    """
+    """One protocol on one dataset: leaves a classifier, PROTOCOL-DATA.pt, and its accuracy,
+    eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B)"""
 
     shown, partial = ("loss", "accuracy"), True
     ignored = frozenset(("ffl_size", "hidden", "outputs", "gfl", "ffl", "connection", "queue",
@@ -2008,73 +1989,64 @@ class Evaluation(Run):
                          "norm_pix", "alpha", "beta", "temperature", "sync_bn"))
 
     def __init__(self, s: Settings, world: World):
-        self.frozen, folder, weights = s.eval == "linear", find_data(s.data), None
+        folder, self.frozen = find_data(s.data), s.eval == "linear"
         self.classes, paths, labels = labelled_pictures(folder / "train")
-        val_classes, self.val_paths, self.val_labels = labelled_pictures(folder / "val")
+        val_classes, *self.val = labelled_pictures(folder / "val")
         if val_classes != self.classes:
             raise Problem(f"{folder}/train has the classes {', '.join(self.classes)}, but val has "
                           f"{', '.join(val_classes)}; both need the same.")
         if s.eval == "semi":
             chosen = share_of_labels(labels, s.labels, s.seed)
             paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
-        if s.oversample:  # Table 2: every class is seen equally often
-            counts = torch.bincount(torch.tensor(labels), minlength=len(self.classes))
-            weights = (1 / counts.double())[torch.tensor(labels)]
+        mass = 1 / torch.bincount(torch.tensor(labels)).double()  # Table 2: every class alike
         torch.manual_seed(s.seed)
         net = RESNETS[s.arch]()
         net.fc = Head(net.fc.in_features, len(self.classes))
-        origin, state = agree(world, lambda: starting_weights(s, self.classes))
-        if state:
-            load_start(net, origin, state, s.arch)
-        if self.frozen:
-            net.requires_grad_(False).fc.requires_grad_(True)
+        origin, state = agree(world, lambda: starting_weights(s, net, self.classes))
+        net.load_state_dict(state)
         net.train(not self.frozen)
-        self.tag = "-".join([s.eval] + [f"{s.labels:g}"] * (s.eval == "semi")
-                            + [Path(s.data).resolve().name]
-                            + [Path(s.init).stem] * bool(s.init) + ["oversample"] * s.oversample)
+        self.tag = "-".join(filter(None, (
+            s.eval, s.eval == "semi" and f"{s.labels:g}", Path(s.data).resolve().name,
+            Path(s.init).stem, s.oversample and "oversample")))
         super().__init__(s, world, LabelledFaces(paths, labels, s.view_size, s.crop_min, s.seed),
                          net, trained=net.fc if self.frozen else net, suffix="-" + self.tag,
-                         weights=weights, start=origin)
-        self.before = {k: v.clone() for k, v in net.state_dict().items()} if self.frozen else {}
+                         weights=mass[labels] if s.oversample else None, start=origin)
+        self.before = {k: v.clone() for k, v in net.state_dict().items() if self.frozen}
 
     def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
         x = normalise(image, self.colours)
-        if not self.frozen:
-            return wrapped(x)
-        with torch.no_grad():
-            pooled = feature_map(self.model, x).mean(dim=(2, 3))
-        return wrapped(pooled)
+        if self.frozen:
+            with torch.no_grad():
+                x = feature_map(self.model, x).mean(dim=(2, 3))
+        return wrapped(x)
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
-        image, label, weight = batch["image"], batch["label"], batch["weight"]
-        image = torch.where(batch["flip"][:, None, None, None], image.flip(3), image)
-        logits = self.predict(self.wrapped, image)
-        # Images that were repeated to fill a share have the weight 0. Every process divides by the
-        # mean count over processes, so that DDP's mean of gradients is that of the whole batch.
+        label, weight = batch["label"], batch["weight"]  # 0 for repeated images
+        logits = self.predict(self.wrapped, batch["image"])
+        # The mean count over processes: so DDP's mean of gradients is that of the whole batch.
         count = min(self.batches.batch, len(self.faces) - place[1]) / self.world.size
-        loss = (weight * F.cross_entropy(logits.float(), label, reduction="none")).sum() / count
-        right = (weight * (logits.argmax(dim=1) == label)).sum() / count
-        return {"loss": loss, "accuracy": right}
+        loss = (weight * F.cross_entropy(logits, label, reduction="none")).sum() / count
+        return {"loss": loss, "accuracy": (weight * (logits.argmax(dim=1) == label)).sum() / count}
 
     def schedule(self, progress: float) -> float:
         return 1.0 if self.frozen else super().schedule(progress)
 
     def epoch_ends(self, epoch: int, step: int) -> None:
-        # B.1's trap: nothing but a linear layer's own may have moved, no running statistics either.
-        moved = [k for k, v in self.before.items()
-                 if not k.startswith("fc.") and not torch.equal(v, self.model.state_dict()[k])]
+        # B.1's trap: nothing but the head may have moved, no statistics either.
+        now = self.model.state_dict()
+        moved = [k for k, v in self.before.items() if k[:3] != "fc." and not torch.equal(v, now[k])]
         assert not moved, f"a frozen backbone has changed: {moved[:3]}"
 
     @torch.no_grad()
     def confusion(self) -> Tensor:
-        """(classes, classes): how many images of class i (row) were taken for class j. Every test
-        image counts once, whatever the number of processes. Raises Problem."""
+        """(classes, classes): how many test images of class i (row) were taken for class j. Each
+        counts once, whatever the number of processes. Raises Problem."""
         world, K = self.world, len(self.classes)
-        faces = LabelledFaces(self.val_paths, self.val_labels, self.s.view_size, None, 0)
-        mine = list(range(world.rank, len(faces), world.size))
-        size = min(256, self.s.batch_size)
-        batches = [[(0, i, 1.0) for i in mine[k:k + size]] for k in range(0, len(mine), size)]
+        faces = LabelledFaces(*self.val, self.s.view_size, None, 0)
+        size = min(256, self.s.batch_size) * world.size
+        batches = Batches(len(faces), size, steps_per_epoch(len(faces), size, True), 0, world.rank,
+                          world.size, partial=True)
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
         if world.size > 1:  # one network is tested, the one that is saved: process 0's statistics
             for buffer in self.model.buffers():
@@ -2082,34 +2054,30 @@ class Evaluation(Run):
         self.model.eval()
         for batch in self.loader(faces, batches):
             self.check_pictures(faces, batch, 0)
+            batch = {k: v.to(world.device) for k, v in batch.items()}
             with self.mixed_precision():
-                guess = self.predict(self.trained, batch["image"].to(world.device)).argmax(dim=1)
-            pair = batch["label"].to(world.device) * K + guess
-            counts[:-1] += torch.bincount(pair, minlength=K * K)
-            counts[-1] += batch["unreadable"].sum()
+                guess = self.predict(self.trained, batch["image"]).argmax(dim=1)
+            pair = (batch["label"] * K + guess).masked_fill(batch["unreadable"], K * K)
+            counts += torch.bincount(pair, batch["weight"], K * K + 1)
         if world.size > 1:
             dist.all_reduce(counts)
-        if counts[-1] > 0:
-            raise Problem(f"{counts[-1]:.0f} test pictures of {find_data(self.s.data)} cannot be "
-                          f"read; mend or remove those that are named above.")
+        self.check_pictures(faces, batch, counts[-1].item())
         return counts[:-1].long().cpu().reshape(K, K)
 
     def go(self) -> dict:
         """Trains, tests the last epoch's weights, writes the files and tells. Raises Problem."""
         super().go()
+        s, (mean, std), path = self.s, self.colours, self.folder / f"{self.tag}.pt"
         result = summary(self.confusion(), self.classes)
+        result |= dict(protocol=s.eval, settings=self.settings, reported="last epoch")
         if self.world.first:
-            result |= {"protocol": self.s.eval, "settings": self.settings, "reported": "last epoch"}
-            content = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
-                           classes=self.classes, mean=self.colours[0], std=self.colours[1],
-                           arch=self.s.arch, size=self.s.view_size, start=self.settings["start"])
-            file = self.folder / f"{self.tag}.pt"
-            write_whole(file, lambda out: torch.save(content, out))
-            write_whole(self.folder / f"eval-{self.tag}.json",
-                        lambda out: out.write(json.dumps(result, indent=1).encode()))
-            self.status.say(f"{file}: {result['accuracy']:.2f} % of {result['images']} test images "
-                            f"right after the last epoch; mean of the classes "
-                            f"{result['mean_accuracy']:.2f} %\n{in_words(result)}")
+            saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
+                         classes=self.classes, mean=mean, std=std, arch=s.arch, size=s.view_size,
+                         start=self.settings["start"])
+            write_whole(path, lambda file: torch.save(saved, file))
+            write_whole(path.with_name(f"eval-{self.tag}.json"),
+                        lambda file: file.write(json.dumps(result, indent=1).encode()))
+            self.status.say(in_words(result, path))
         return result
 
 
@@ -2121,25 +2089,15 @@ def summary(confusion: Tensor, classes: list[str]) -> dict:
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())
 
 
-def in_words(result: dict) -> str:
-    """The confusion matrix as a table for the screen."""
-    names = list(result["per_class"])
-    wide = max(map(len, names))
-    rows = [f"{name:{wide}}  {right:5.1f} %              " + "  ".join(f"{n:8}" for n in row)
-            for (name, right), row in zip(result["per_class"].items(), result["confusion"])]
-    return "\n".join([" " * wide + "    right   taken for: "
-                      + "  ".join(f"{n[:8]:>8}" for n in names)] + rows)
-
-
-def evaluate(s: Settings, world: World) -> dict:
-    """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
-    def needs_linear() -> bool:
-        own, data = run_settings(s.name)["data_name"], Path(s.data).resolve().name
-        return own == data and not Path("runs", s.name, f"linear-{own}.pt").exists()
-
-    if s.eval == "finetune" and not s.init and agree(world, needs_linear):
-        evaluate(replace(s, **as_linear(s)), world)
-    return Evaluation(s, world).go()
+def in_words(result: dict, path: Path) -> str:
+    """The result as a table for the screen."""
+    right, wide = result["per_class"], max(map(len, result["per_class"]))
+    rows = [f"{name:{wide}}  {right[name]:5.1f} %{'':14}" + "  ".join(f"{n:8}" for n in row)
+            for name, row in zip(right, result["confusion"])]
+    return "\n".join((
+        f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after the "
+        f"last epoch; mean of the classes {result['mean_accuracy']:.2f} %",
+        f"{'':{wide}}    right   taken for: " + "  ".join(f"{n[:8]:>8}" for n in right), *rows))
 
 
 def as_linear(s: Settings) -> dict:
@@ -2148,18 +2106,28 @@ def as_linear(s: Settings) -> dict:
                 **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
 
 
+def evaluate(s: Settings, world: World) -> dict:
+    """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
+    data = Path(s.data).resolve().name
+    needed = agree(world, lambda: run_settings(s.name)["data_name"] == data
+                   and not Path("runs", s.name, f"linear-{data}.pt").exists())
+    if s.eval == "finetune" and not s.init and needed:
+        evaluate(replace(s, **as_linear(s)), world)
+    return Evaluation(s, world).go()
+
+
 # ================================ Part IV: other rows of the tables =============================
 #
 # Section 4.3 takes parts of SimFLE away (Table 3) or puts another method in BYOL's place (Table 4).
-# Each is one class here, in Part I's words and letters and with its interfaces, so that nothing
-# else in the file asks which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+# Each is one class here, with the interface of what it replaces in Part I, so that nothing else in
+# the file asks which it is. Augmentation, optimiser and schedule stay Section 4.1's.
 
 
 # ===== Table 3: parts taken away =====
 
 
 class GFLAlone(nn.Module):
-    """One branch only; interface as `SimFLE`, but I and u are not used. (Table 3 a, Table 1)"""
+    """One branch only; I and u are not used. (Table 3 a, Table 1)"""
 
     backbone, update = SimFLE.backbone, SimFLE.update
 
@@ -2173,10 +2141,8 @@ class GFLAlone(nn.Module):
 
 
 class DirectSimFLE(GFLAlone):
-    """No distillation: the map X keeps its gradient instead; interface as `SimFLE`. (Table 3 b)
-
-    L_g and the refinement then train the backbone through the grouping layer.
-    """
+    """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
+    the backbone too, through the grouping layer. (Table 3 b)"""
 
     def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
         super().__init__(gfl, ffl)
@@ -2230,7 +2196,7 @@ def two_layers(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class SimSiam(nn.Module):
-    """GFL by SimSiam (Chen and He, 2021); interface as `BYOL`. (Table 4)
+    """GFL by SimSiam (Chen and He, 2021). (Table 4)
 
     BYOL without a target: a prediction aims at the online stream's own projection of the other
     view, held constant. L_s is 1 − cos, averaged over both orders: SimSiam's loss plus 1.
@@ -2239,8 +2205,7 @@ class SimSiam(nn.Module):
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
         self.online = Stream(backbone, nn.Sequential(
-            nn.Linear(backbone.channels, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
-            nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+            *mlp(backbone.channels, width, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
             nn.Linear(width, width), nn.BatchNorm1d(width, affine=False)))
         self.predictor = mlp(width, bottleneck, width)
 
@@ -2255,7 +2220,7 @@ class SimSiam(nn.Module):
 
 
 class MoCo(nn.Module):
-    """GFL by MoCo (He et al., 2020); interface as `BYOL`. (Table 4)
+    """GFL by MoCo (He et al., 2020). (Table 4)
 
     MoCo v2 is this with the head `two_layers` and t = 0.2. The online stream makes of v1 the query
     q, the target of v2 its key; the negatives are the keys of earlier batches, in a queue that is
@@ -2274,10 +2239,9 @@ class MoCo(nn.Module):
         self.t, self.tau, self.gather, self.deal = t, tau, gather, deal
         self.online = Stream(backbone, head(backbone.channels, outputs))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        # Departure 15: empty at first. No face is like the random directions of MoCo's authors, so
-        # to map all faces to one point is then the quickest way to the positive. (v2 on the toy
-        # faces, 1,024 keys, one seed: spread 0.0008 after 140 steps with them, 0.025 after 150
-        # when empty.)
+        # Departure 15: empty at first. No face is like the random directions of MoCo's authors, and
+        # the quickest way to the positive is then to map all faces to one point. (v2, toy faces,
+        # 1,024 keys, one seed: spread 0.0008 after 140 steps; when empty 0.025 after 150.)
         self.register_buffer("queue", torch.zeros(queue, outputs))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))  # the queue's oldest key
 
@@ -2288,9 +2252,8 @@ class MoCo(nn.Module):
             self.keys = F.normalize(back(self.target(mixed)[0]).float(), dim=1)  # see `update`
         with full_precision(z1):
             q = F.normalize(z1.float(), dim=1)
-            positive = (q * self.keys).sum(dim=1, keepdim=True)
-            negative = q @ self.queue.T  # (B, 65536)
-            negative = negative.masked_fill((self.queue == 0).all(dim=1), -math.inf)  # empty places
+            positive, empty = (q * self.keys).sum(dim=1, keepdim=True), (self.queue == 0).all(dim=1)
+            negative = (q @ self.queue.T).masked_fill(empty, -math.inf)  # (B, 65536)
             logits = torch.cat([positive, negative], dim=1) / self.t
             right = torch.zeros(len(q), dtype=torch.long, device=q.device)
             return F.cross_entropy(logits, right), [h1], z1
@@ -2318,7 +2281,7 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
 
 
 class SimCLR(nn.Module):
-    """GFL by SimCLR (Chen et al., 2020); interface as `BYOL`. (Table 4)
+    """GFL by SimCLR (Chen et al., 2020). (Table 4)
 
     Every process computes the loss of the whole batch. Through `gather` each gets the gradient of
     all these equal losses, W times that of one; DistributedDataParallel divides it by W again.

@@ -1167,26 +1167,18 @@ def test_accuracies_are_of_rows_and_their_mean():
 
 def test_training_pictures_are_cropped_and_flipped_and_test_pictures_are_not(trained):
     path = str(trained / "colours/train/0_a/0.png")
-    items = [S.LabelledFaces([path], [0], 32, 0.08, 0)[e, 0, 1.0] for e in range(200)]
-    assert 70 < sum(i["flip"].item() for i in items) < 130
-    assert not torch.equal(items[0]["image"], items[1]["image"])
+    picture, faces, flips = S.read_picture(path), S.LabelledFaces([path], [0], 32, 0.08, 0), 0
+    items = [faces[e, 0, 1.0]["image"] for e in range(200)]
+    for epoch, image in enumerate(items):
+        (box,), _ = S.throw(picture, 1, 1, 0.08, 0, epoch, 0)
+        crop = TF.pil_to_tensor(TF.resized_crop(picture, *box, [32, 32]))
+        flips += torch.equal(image, crop.flip(2))
+        assert torch.equal(image, crop) != torch.equal(image, crop.flip(2))
+    assert 70 < flips < 130 and not torch.equal(items[0], items[1])
     whole = S.LabelledFaces([path], [0], 32, None, 0)
     expected = TF.pil_to_tensor(TF.resize(Image.open(path), [32, 32]))
     for epoch in range(9):
         assert torch.equal(whole[epoch, 0, 1.0]["image"], expected)
-        assert not whole[epoch, 0, 1.0]["flip"]
-
-
-def test_flips_reach_the_net(trained, monkeypatch):
-    monkeypatch.chdir(trained)
-    s = settings(["--data", "colours", "--eval", *EVAL, "--fresh", "--batch-size", "8"])
-    with S.processes() as world:
-        run, seen = S.Evaluation(s, world), []
-        run.predict = lambda wrapped, image: seen.append(image) or torch.zeros(2, 3)
-        x = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
-        run.losses(dict(image=x, label=torch.tensor([0, 1]), weight=torch.ones(2),
-                        flip=torch.tensor([True, False])), (0, 0))
-    assert torch.equal(seen[0][0], x[0].flip(2)) and torch.equal(seen[0][1], x[1])
 
 
 def test_labels_are_shared_out_by_class_and_by_the_seed_alone():
@@ -1266,8 +1258,9 @@ def test_heads_move_between_datasets_class_by_class(trained, tmp_path, monkeypat
     net = S.small_resnet()
     net.fc = nn.Linear(net.fc.in_features, 3)
     s = settings(["--data", "colours", "--eval", "finetune", "--init", tmp_path / "turned.pt"])
-    S.load_start(net, *S.starting_weights(s, ["0_a", "1_b", "2_c"]), "small")
-    assert torch.equal(net.fc.weight, saved["model"]["fc.weight"][[1, 2, 0]])
+    origin, state = S.starting_weights(s, net, ["0_a", "1_b", "2_c"])
+    assert "turned.pt (" in origin and state.keys() == net.state_dict().keys()
+    assert torch.equal(state["fc.weight"], saved["model"]["fc.weight"][[1, 2, 0]])
     # Other classes.
     colours(tmp_path / "more", {"0_a": 4, "1_b": 4, "2_c": 4, "3_d": 4})
     more = ["--data", tmp_path / "more", "--name", "colours", *EVAL, "--eval", "finetune"]
@@ -1359,7 +1352,7 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
     args = ["--data", tmp_path / "bad", *EVAL, "--eval", "--init", "random", "--epochs", "1"]
     assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 2
     error = capsys.readouterr().err
-    assert "val/0_a/2.png cannot be read" in error and "1 test pictures of" in error
+    assert "val/0_a/2.png cannot be read" in error and "1 pictures of" in error
 
 
 def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monkeypatch, capsys):
