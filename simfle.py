@@ -25,27 +25,28 @@ Letters
     f_θ, f_ρ      online stream: backbone, projector, predictor; target: backbone, projector
     τ             the target's inertia
     X             the backbone's map of I: c′ channels of h′ × w′
-    C_k, N_g      channel k after grouping; the number of channel groups
+    C_i, D, N_g   channel i after grouping; the cosine of two; the number of channel groups
     a_i, γ        the score of patch i; the share of the N_p patches that is masked (N_m of them)
     e_i, κ        (ours) the reconstruction error of patch i; the strength of the refinement
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
-    L_s, L_r, L_d, L_g    similarity, reconstruction, distillation, grouping loss; α, β weigh two
+    L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weighed by α), grouping loss (β)
 
 Departures: where this file parts from the paper (P) or from the authors' code (A), and why
-     1  P  The masking is trained through a straight-through term, which the paper does not define:
-           sorting has no gradient. In the authors' code L_r never reaches the scores;
-           `--mask-gradient 0` is their behaviour.
-     2  A  Eq. 2 is exact, in place of a squared distance to a block identity; P, A it is divided by
-           c′: undivided, β = 0.03 diverges.
+     1  PA The masking is trained through a straight-through term, which the paper does not define:
+           sorting has no gradient. It trains the grouping layer alone: Section 3.2 says that the
+           backbone is refined too, 3.3 cuts it off. In the authors' code L_r never reaches the
+           scores; `--mask-gradient 0` is their behaviour.
+     2  PA Eq. 2 is divided by c′: undivided, β = 0.03 diverges. It is exact; the authors take a
+           squared distance to a block identity.
      3  A  The grouping layer starts random. Set to a constant, all channels are equal: a saddle.
      4  A  Blur with probability 0.5, SimCLR's own, in place of always.
      5  A  The learning rate follows the cosine with every step, not with every epoch.
-     6  A  Pictures are resized to a square; no short side is cut to one.
+     6  A  Pictures are squeezed to a square; the authors crop the long side.
      7  P  Eq. 5 gets a factor t², is read as KL(z̄ ‖ z_i), and its z̄ is a constant.
      8  P  The autoencoder's pixels are normalised patch by patch, as in MAE (`--no-norm-pix`).
      9  P  The four colour jitters come in one random order per batch, not per image.
     10  P  255 images on three processes, not 256; the last, partial batch of an epoch is dropped.
-    11  A  DistributedDataParallel in place of DataParallel: BatchNorm sees one process's images.
+    11  A  DistributedDataParallel, not DataParallel; in both, BatchNorm sees one GPU's images.
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
     14  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
@@ -112,7 +113,7 @@ from torchvision.transforms import RandomResizedCrop
 #
 # Plain tensors in, plain tensors out. Nothing in this part knows a settings object, a device, a
 # process group or a file, so each piece can be pasted elsewhere with the imports above. The numbers
-# in the shapes are the paper's: batch B, ResNet-50, views of 224 pixels, I of 112.
+# in the shapes are the default settings': batch B, ResNet-50, views of 224 pixels, I of 112.
 
 
 def full_precision(x: Tensor):
@@ -165,8 +166,8 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # a trivial answer: map every face to one point, a collapse. BYOL avoids it without ever comparing
 # two different faces. The online stream f_θ (backbone, projector, predictor) predicts what the
 # target stream f_ρ (backbone, projector) says of the other view. The target gets no gradient; it
-# follows the online stream slowly. So no gradient ever pulls the two streams together: each step
-# moves f_θ towards an older and, by averaging, steadier self.
+# follows the online stream slowly. So no gradient ever moves the target towards the online stream:
+# each step moves f_θ towards an older and, by averaging, steadier self.
 #
 # Whether it worked can be seen: `spread` below, the deviation of the normalised projections over
 # the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by 1/√256
@@ -213,10 +214,7 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 class Stream(nn.Module):
     """Backbone and projector. forward: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
-
-    The online stream f_θ is one of these with a predictor behind it, the target f_ρ is one without.
-    (Sec. 3.1, Fig. 2)
-    """
+    (Sec. 3.1, Fig. 2)"""
 
     def __init__(self, backbone: Backbone, projector: nn.Module):
         super().__init__()
@@ -377,9 +375,6 @@ def grouping_loss(C: Tensor, groups: int,
 #
 # Masks follow MAE's convention: 0 is kept, 1 is masked.
 
-SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place of 0/0
-
-
 class SemanticMasking(nn.Module):
     """Chooses the patches to mask from the grouped channels. (Sec. 3.2, Eq. 3)
 
@@ -434,22 +429,27 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
 # avoid masking fine-grained facial landmarks, which are difficult to reconstruct." Nothing so far
 # lets it try: a sort has no gradient, so L_r does not know that other scores would have given it
-# another mask. (In the authors' code it never learns; κ = 0 is that.) What the gradient ought to
+# another mask. What the gradient ought to
 # say is plain, though: a masked patch that was harder than the others should rise in score, an
 # easier one should sink. So the mask is made soft around its threshold,
 #
-#     s = the scores standardised per image,    soft_i = sigmoid(s_thr − s_i),
+#     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i),
 #
-# near 1 for what is surely masked, ½ at the threshold s_thr, which is the last score that was kept.
+# near 1 for what is surely masked, ½ at the threshold r_thr, which is the last score that was kept.
 # A term is added to L_r whose value is 0 (soft_i minus itself) and whose gradient is that of soft_i
 # weighed by the error: straight through, as if the mask were the soft one,
 #
-#     κ/N_m Σ_i m_i (e_i − ē)(soft_i − const),      ∂/∂s_i = −κ m_i (e_i − ē) σ′_i / N_m.
+#     κ/N_m Σ_i M_i (e_i − ē)(soft_i − const),      ∂/∂r_i = −κ M_i (e_i − ē) σ′_i / N_m,
+#
+# where const is soft_i as a plain number and σ′_i the sigmoid's slope there.
 #
 # Errors enter as constants: the autoencoder must not be paid for spreading its errors. ē is their
 # mean over the image's masked patches; without it every masked patch would rise, hard or easy.
-# m_i is the hard mask: kept patches are seen but never scored by L_r, their output is untrained and
+# M_i is the hard mask: kept patches are seen but never scored by L_r, their output is untrained and
 # its "error" means nothing; let in, the mask feeds on itself. (Departure 1.)
+
+
+SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place of 0/0
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Tensor:
@@ -458,7 +458,7 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
     a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (), which `FaceMAE` adds to L_r.
     κ = 4 was measured: on a small model and drawn faces, three seeds, keep frequency and error over
     the 49 positions correlate by +0.38, +0.51, +0.60 after 400 steps with κ = 4, by −0.36, −0.09,
-    −0.03 with κ = 0; κ = 1 gave 0; κ = 16 gave +0.49, and 7 points less of linear accuracy.
+    −0.03 with κ = 0; κ = 1 gave about 0; κ = 16 gave +0.49, and 7 points less of linear accuracy.
 
         a, error = torch.randn(2, 49, requires_grad=True), torch.rand(2, 49)
         keep, mask = mask_lowest(a, ratio=0.75)
@@ -466,10 +466,9 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
     """
     with full_precision(a):
         a, error = a.float(), error.detach().float()
-        s = (a - a.mean(dim=1, keepdim=True)) / (a.std(dim=1, keepdim=True) + SCORE_EPS)
-        # The last kept score is the lowest of those whose mask is 0.
-        s_thr = s.detach().masked_fill(mask.bool(), math.inf).amin(dim=1, keepdim=True)
-        soft = torch.sigmoid(s_thr - s)
+        r = (a - a.mean(dim=1, keepdim=True)) / (a.std(dim=1, keepdim=True) + SCORE_EPS)
+        r_thr = r.detach().masked_fill(mask.bool(), math.inf).amin(dim=1, keepdim=True)
+        soft = torch.sigmoid(r_thr - r)
         N_m = mask.sum(dim=1, keepdim=True)
         mean_error = (error * mask).sum(dim=1, keepdim=True) / N_m  # ē
         term = mask * (error - mean_error) * (soft - soft.detach()) / N_m
@@ -483,7 +482,7 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
 # is the point. Its image is the whole picture, resized and not augmented: what is to be learnt here
 # is where things are in a face.
 
-PIXEL_EPS = 1e-6  # added to a patch's variance: a patch of one colour has none
+PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
 
 
 class Block(nn.Module):
@@ -508,11 +507,8 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed 2-D positions: (1, 1 + grid², width), zeros for the class token. (Sec. 4.1, MAE)
 
     Half of the numbers tell the row, half the column, each as sines and cosines of the coordinate
-    at width/4 frequencies from 1 down to almost 1/10,000. Raises ValueError where 4 does not divide
-    width.
+    at width/4 frequencies from 1 down to almost 1/10,000. 4 must divide width.
     """
-    if width % 4:
-        raise ValueError(f"positions need a width that 4 divides, not {width}")
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (7, 192)
     line = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (7, 384)
@@ -534,8 +530,6 @@ class MaskedAutoencoder(nn.Module):
                  heads: int = 12, decoder_width: int = 512, decoder_depth: int = 8,
                  decoder_heads: int = 16, norm_pix: bool = True):
         super().__init__()
-        if image_size % patch:
-            raise ValueError(f"patches of {patch} do not divide an image of {image_size} pixels")
         self.patch, self.grid, self.norm_pix = patch, image_size // patch, norm_pix
         pixels = 3 * patch**2  # 768 numbers a patch
         self.embed = nn.Linear(pixels, width)
@@ -554,12 +548,12 @@ class MaskedAutoencoder(nn.Module):
                 nn.init.zeros_(m.bias)
         nn.init.normal_(self.class_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-        # Parameters that never train, so that they count and are saved with the rest, as in MAE.
+        # Saved and counted with the rest, never trained, as in MAE.
         self.position = nn.Parameter(sincos_positions(self.grid, width), requires_grad=False)
         self.decoder_position = nn.Parameter(sincos_positions(self.grid, decoder_width),
                                              requires_grad=False)
 
-    def patchify(self, I: Tensor) -> Tensor:  # noqa: E741 - the paper's letter
+    def patchify(self, I: Tensor) -> Tensor:
         """(B, 3, 112, 112) -> (B, 49, 768): row by row, and in a patch the colours last."""
         return rearrange(I, "b c (gh p) (gw q) -> b (gh gw) (p q c)", p=self.patch, q=self.patch)
 
@@ -588,14 +582,14 @@ class MaskedAutoencoder(nn.Module):
     def target(self, patches: Tensor) -> Tensor:
         """What is to be guessed: pixels at mean 0 and deviation 1 in every patch. (Departure 8.)
 
-        What is left is the pattern: otherwise light and contrast decide what is hard.
+        What is left is pattern and hue: otherwise light and contrast decide what is hard.
         """
         if not self.norm_pix:
             return patches.float()
         var, mean = torch.var_mean(patches.float(), dim=2, keepdim=True)
         return (patches.float() - mean) / (var + PIXEL_EPS).sqrt()
 
-    def forward(self, I: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    def forward(self, I: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.patchify(I)
         tokens = self.encode(patches, keep)
         guess = self.decode(tokens, keep)
@@ -624,7 +618,7 @@ class FaceMAE(nn.Module):
         self.masking = SemanticMasking(groups, image_size, patch, ratio)
         self.mae = MaskedAutoencoder(image_size, patch, **autoencoder)
 
-    def forward(self, X: Tensor, I: Tensor, u: Tensor | None = None):  # noqa: E741
+    def forward(self, X: Tensor, I: Tensor, u: Tensor | None = None):
         C = self.grouping(X)
         L_g, D2_between, D2_within = grouping_loss(C, self.groups, self.balanced)
         a, keep, mask = self.masking(C, u)
@@ -641,7 +635,7 @@ class FaceMAE(nn.Module):
 # 20.98 % in place of 44.01 % (Table 3, b and d). So FFL is cut off. The map X that makes the scores
 # carries no gradient back, and the branches only compare notes: the autoencoder's vector of the
 # face and the backbone's vectors of its two views go through projectors of their own, and each
-# should give the distribution that is their common mean.
+# should give the distribution of their mean vector.
 
 
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
@@ -705,7 +699,7 @@ class SimFLE(nn.Module):
         """The one network that is kept in the end."""
         return self.gfl.online.backbone
 
-    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,
                 u: Tensor | None = None) -> dict[str, Tensor]:
         # 3.1 What is the same in two views?
         L_s, hs, z1 = self.gfl(v1, v2)
@@ -885,7 +879,7 @@ def read_settings(orders: dict) -> Settings:
         base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
     if orders.get("gfl", "").startswith("moco") and preset == "paper":
-        base = base | {"tau": 0.999}  # of the laptop's 400 steps, it would forget none
+        base = base | {"tau": 0.999}  # over the laptop's 400 steps the target would hardly move
     if "epochs" in orders:
         base = base | {"steps": 0}  # asked for in epochs, a preset's steps do not count
     s = Settings(**base | orders | {"preset": preset, "name": name})
@@ -945,7 +939,7 @@ RESNETS = {"small": small_resnet} | {name: partial(torchvision.models.get_model,
 def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
     """The model that the settings describe, its weights drawn from the seed. Raises Problem.
 
-    gather, deal: how processes exchange tensors (see Part IV); None: there is one.
+    gather, deal: how processes exchange tensors (4.1 Processes); None: there is one.
     """
     torch.manual_seed(s.seed)
     backbone = Backbone(RESNETS[s.arch]())
@@ -965,9 +959,6 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
 
 
 # ================================ Part II: training ================================
-#
-# Section 4.1: SGD with momentum 0.9 and weight decay 1e-4, rate 0.05 at 256 images, cosine to 0,
-# 100 epochs.
 
 
 # ===== 4.1 Pictures =====
@@ -976,9 +967,9 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
 # them over as bytes. Colours, blur and normalisation follow on the whole batch, on its device: in
 # Pillow they cost several times the decoding.
 #
-# Randomness is a function, not a state: all that happens to an image in an epoch is drawn from
-# (seed, epoch, index). So the number of workers changes nothing, nor does the number of processes,
-# and a run that goes on needs no generator's state.
+# Randomness is a function, not a state: what happens to an image in an epoch is drawn from (seed,
+# epoch, index), the order of a batch's jitters from (seed, epoch, images done). So the number of
+# workers changes nothing, and a run that goes on needs no generator's state.
 
 
 def stream_of(*key) -> torch.Generator:
@@ -1057,12 +1048,12 @@ DICE_PER_VIEW = 9  # flip, jitter or not, 4 strengths, grey, blur or not, its wi
 
 
 class Faces(Dataset):
-    """What a step needs of one image. faces[epoch, index, 1.0] -> a dict of tensors. (Sec. 4.1)
+    """What a step needs of one image. faces[epoch, index, weight] -> a dict of tensors. (Sec. 4.1)
 
     views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
     resized; dice (19,) uniform in [0, 1) for what happens on the device, 9 a view and `dice` for
     the masking; index (); unreadable (), 1 where this picture could not be read and the next one
-    that can took its place. The weight that `Batches` adds to the key is 1 in pre-training.
+    that can took its place. The weight is for evaluations.
     """
 
     tries = 64  # pictures that are tried, one after the other, before a black one is given
@@ -1234,8 +1225,7 @@ class Batches:
         """How many steps lie before this place."""
         if self.ends(done):  # also where `done` was counted in batches of another size
             epoch, done = epoch + 1, 0
-        return (epoch * steps_per_epoch(self.images, self.batch, self.partial)
-                + math.ceil(done / self.batch))
+        return epoch * steps_per_epoch(self.images, self.batch, self.partial) + done // self.batch
 
     def ends(self, done: int) -> bool:
         """Whether no step of this epoch is left after `done` images."""
@@ -1429,24 +1419,25 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
                        rounds: int = 4) -> dict:
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
-    images: (N, 3, 112, 112) uint8, held out. The error of every patch under random masks, the mean
-    over the rounds in which it is masked; the share of the groups that keep it; and their
-    correlation, over the 49 positions, of the means over all images, and within an image, averaged.
-    Eval mode, always the same masks; weights and buffers stay. Any masking can be measured by it.
+    images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch under random
+    masks, over the rounds in which it is masked; `keep_map`: the share of the groups that keep it;
+    (49,) each, means over the images. `positions` is the correlation of these maps, `within_image`
+    that of each image's own two, averaged. Eval mode, always the same masks; weights and buffers
+    stay. Of random masking it measures the scores, which then mask nothing.
     """
     device, masking = next(model.parameters()).device, model.ffl.masking
     draw, was_training = stream_of("measure"), model.training
     model.eval()
     errors, keeps = [], []
     for chunk in images.split(64):
-        I = normalise(chunk.to(device), colours)  # noqa: E741
+        I = normalise(chunk.to(device), colours)
         C = model.ffl.grouping(model.backbone(I)[0])
         keeps.append(sum(1 - mask_lowest(masking.scores(C, group), masking.ratio)[1]
                          for group in torch.arange(masking.groups, device=device)
                          [:, None].expand(-1, len(I))) / masking.groups)
         rank = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1)
         error = times = shift = 0
-        for _ in range(rounds):  # each keeps the next few of one random order: all get masked
+        for _ in range(rounds):  # each keeps the next few of one random order
             keep, mask = mask_lowest(((rank + shift) % rank.shape[1]).float().to(device),
                                      masking.ratio)
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
@@ -1542,7 +1533,8 @@ class Run:
 
     Pre-training and every evaluation are one of these: they bring a model, its pictures, and what a
     step computes. The settings decide everything that is computed, world decides who computes it.
-    `suffix` tells the files of several runs in one folder apart.
+    trained: the part of the model that learns. suffix: tells the files of several runs in one
+    folder apart. weights: as in `Batches`. more: what else must be equal for a run to go on.
     """
 
     shown: tuple[str, ...]  # what of a step's values the status line shows
@@ -1630,7 +1622,7 @@ class Run:
         """The trained module as a step calls it: across processes, compiled if asked."""
         wrapped = self.trained
         if self.world.size > 1:
-            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # renamed in newer ones
+            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # newer PyTorch renames it
             wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True,
                                               broadcast_buffers=False)  # departure 11: local
         return torch.compile(wrapped) if self.s.compile else wrapped
@@ -1640,8 +1632,8 @@ class Run:
 
         After its first backward pass DDP lays its buckets anew, in the order in which gradients
         came; with three processes that changes the order of their sums. A run that goes on would
-        take its first step with the old buckets where an uninterrupted one has the new, and no
-        longer be bit-equal.
+        take its first step with the old buckets where an uninterrupted one has the new, and not
+        be bit-equal. (On GPUs it is not in any case: cuDNN chooses its kernels by trial.)
         """
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         self.backward(batch, place)
@@ -1662,7 +1654,7 @@ class Run:
         """The scalars of a step, "loss" with gradient. Each kind of run has its own."""
 
     def schedule(self, progress: float) -> float:
-        """The share of the rate at this share of the way. Departure 5: at every step."""
+        """The share of the rate after this share of the way, by a cosine. Departure 5."""
         return 0.5 * (1 + math.cos(math.pi * progress))
 
     def stepped(self) -> None:
@@ -1708,9 +1700,10 @@ class Run:
         if not math.isfinite(values["loss"] + values["gradient"]):
             shown = ", ".join(f"{k} {values[k]:.4g}" for k in (*self.shown, "gradient")
                               if k in values)
-            raise Problem(f"loss or gradient is not finite in step {self.batches.step(*place) + 1} "
-                          f"of epoch {place[0] + 1} ({shown}), so it was not taken and the last "
-                          f"checkpoint is good; a lower --lr may help.")
+            step = self.batches.step(*place) + 1
+            raise Problem(f"loss or gradient is not finite in step {step}, epoch {place[0] + 1} "
+                          f"({shown}), so it was not taken and the last checkpoint is good; a lower "
+                          f"--lr may help.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -1719,8 +1712,8 @@ class Run:
         return values
 
     def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
-        """Names this batch's unreadable pictures, each once. Raises Problem for too many in all:
-        one in a hundred may be replaced by another, none by a black one."""
+        """Names this batch's unreadable pictures, each once. Raises Problem for too many in an
+        epoch: more than one in a hundred where another takes the place, any where none does."""
         for index in batch["index"][batch["unreadable"] > 0].tolist():
             if index not in self.warned:
                 self.warned.add(index)
@@ -1752,7 +1745,7 @@ class Run:
         self.wrapped.train(self.model.training)
         status.start(step)
         for epoch, done in batches.places():
-            before = time.perf_counter()
+            step, before = batches.step(epoch, done), time.perf_counter()
             batch = next(loading)
             status.waited += time.perf_counter() - before
             if world.size > 1 and step == status.first_step:
@@ -2148,7 +2141,7 @@ class DirectSimFLE(GFLAlone):
         super().__init__(gfl, ffl)
         self.beta = beta
 
-    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,  # noqa: E741
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,
                 u: Tensor | None = None) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         L_r, _, L_g, D2_between, D2_within = self.ffl(self.backbone(I)[0], I, u)
@@ -2403,7 +2396,7 @@ def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor
     back: the network has guessed the pattern, not the light.
     """
     ffl, mae = model.ffl, model.ffl.mae
-    I = normalise(x, colours)  # noqa: E741
+    I = normalise(x, colours)
     _, keep, mask = ffl.masking(ffl.grouping(model.backbone(I)[0]), u)
     masked, patches = mask[:, :, None] > 0, mae.patchify(I)
     guess = mae.decode(mae.encode(patches, keep), keep)

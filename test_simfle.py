@@ -379,7 +379,7 @@ def test_positions_are_sines_and_cosines_of_row_and_column_and_never_train():
     mae = S.MaskedAutoencoder(28, 4, **S.VITS["tiny"])
     assert not mae.position.requires_grad and not mae.decoder_position.requires_grad
     with pytest.raises(ValueError, match="patches of 5 do not divide"):
-        S.MaskedAutoencoder(28, 5)
+        S.FaceMAE(64, image_size=28, patch=5)
 
 
 def test_a_block_is_attention_written_with_softmax():
@@ -1227,6 +1227,9 @@ def test_an_epoch_that_ended_with_other_batches_has_ended():
     assert S.Batches(40, 63, 3, 0, partial=True).step(0, 64) == 1
     assert list(S.Batches(40, 63, 3, 0, epoch=1, done=64, partial=True).places()) == [(2, 0)]
     assert S.Batches(511, 256, 4, 0).step(0, 510) == 1
+    # Begun in batches of 255, an epoch of 256 ends where it must, and no step is counted twice.
+    steps = S.Batches(1023, 256, 6, 0, done=255)
+    assert [steps.step(*place) for place in steps.places()] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -1491,7 +1494,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(toy, tmp_path, m
     monkeypatch.setattr(S.Run, "go", lambda self: (runs.append(self), go(self))[1])
     monkeypatch.setattr(S, "prepare", broken)
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 2
-    assert "not finite in step 7 of epoch 2 (L_s nan" in capsys.readouterr().err
+    assert "not finite in step 7, epoch 2 (L_s nan" in capsys.readouterr().err
     assert all(p.isfinite().all() for p in runs[0].model.parameters())  # no step was taken
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt", weights_only=True)
     assert saved["place"] == [0, 60]
@@ -2068,7 +2071,7 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_step(toy,
                                                                             uninterrupted):
     one = start_faulty("nan", 5, faulty_args(toy), tmp_path, 2, rank=1)
     out, err = one.communicate(timeout=120)
-    assert one.returncode != 0 and err.count("not finite in step 4 of epoch 1 (L_s nan") == 1
+    assert one.returncode != 0 and err.count("not finite in step 4, epoch 1 (L_s nan") == 1
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt")
     assert saved["place"] == [0, 24] and all(v.isfinite().all() for v in saved["model"].values())
 
@@ -2086,7 +2089,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run_too(toy
 
     monkeypatch.setattr(S.Pretraining, "losses", losses)
     error = complaint(faulty_args(toy), tmp_path, monkeypatch, capsys)
-    assert "step 3 of epoch 1" in error and "gradient nan" in error
+    assert "step 3, epoch 1" in error and "gradient nan" in error
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt")["model"]
     assert all(v.isfinite().all() for v in saved.values())
 
