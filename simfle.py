@@ -1702,8 +1702,8 @@ class Run:
                               if k in values)
             step = self.batches.step(*place) + 1
             raise Problem(f"loss or gradient is not finite in step {step}, epoch {place[0] + 1} "
-                          f"({shown}), so it was not taken and the last checkpoint is good; a lower "
-                          f"--lr may help.")
+                          f"({shown}), so it was not taken, and the last checkpoint is good; a "
+                          f"lower --lr may help.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
