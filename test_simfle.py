@@ -2672,10 +2672,34 @@ def test_the_map_in_the_header_matches_the_banners():
     assert [e for e in entries if e] == [b.split(": global")[0] for b in banners]
 
 
+def test_the_readmes_map_names_what_stands_in_these_sections_in_this_order():
+    readme, source = (HERE / "README.md").read_text(), (HERE / "simfle.py").read_text()
+    rows = readme[readme.index("## From the paper"):readme.index("## Where this parts")]
+    last, seen = 0, 0
+    for paper, names in re.findall(r"(?m)^\| (.*?) \| (`.*) \|$", rows):
+        places = [re.search(rf"(?m)^(class |def |){name}", source).start()
+                  for name in re.findall(r"`(\w+)", names) if name != "simfle"]
+        if paper == "paper":
+            continue
+        if not paper.startswith(("4.1 aug", "4.1 opt", "4.2")):  # whose names lie in two places
+            assert places[0] > last, paper
+            last = places[0]
+        section = re.match(r"[34]\.[1-4]", paper)
+        if section and section[0] != "4.2" and section[0] != "4.3":
+            banners = re.findall(r"(?m)^# =+ (.*?) =+$", source[:places[0]])
+            assert banners[-1].startswith(section[0]), (paper, banners[-1])
+            seen += 1
+    assert seen >= 8
+
+
 def test_every_option_is_in_the_help_with_its_source(capsys):
     with pytest.raises(SystemExit) as stop:
         S.read_orders(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for name in asdict(S.Settings()):
-        assert "--" + name.replace("_", "-") in text
+    for name, default in asdict(S.Settings()).items():
+        shown = re.search(rf"--{name.replace('_', '-')}[ ,].*?\[{re.escape(str(default))}\]", text)
+        assert shown, name
+        assert name in ("data", "preset") or re.search(
+            r"\((ours|authors|MAE|SimCLR|its paper|B|B\.2|[34](\.\d)?(, SimCLR)?|Fig\. 1|Table 2)\)",
+            shown[0]), shown[0]
