@@ -2677,7 +2677,7 @@ def test_the_readmes_map_names_what_stands_in_these_sections_in_this_order():
     rows = readme[readme.index("## From the paper"):readme.index("## Where this parts")]
     last, seen = 0, 0
     for paper, names in re.findall(r"(?m)^\| (.*?) \| (`.*) \|$", rows):
-        places = [re.search(rf"(?m)^(class |def |){name}", source).start()
+        places = [re.search(rf"(?m)^(?:(?:class|def) {name}|{name} =)", source).start()
                   for name in re.findall(r"`(\w+)", names) if name != "simfle"]
         if paper == "paper":
             continue
