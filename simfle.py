@@ -18,7 +18,7 @@ and letters are the paper's.
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
 gives another name): checkpoint.pt holds everything, and a run that finds it goes on from it;
 backbone.pt is a torchvision state dict without `fc`; log.jsonl is the log. The running statistics
-in backbone.pt are process 0's, of what it saw: for every image two augmented views and a plain one.
+in backbone.pt are process 0's, by default of two views and the plain face of every image.
 
 Letters
     I, v1, v2     a face, and two augmented views of it
@@ -50,7 +50,7 @@ Departures: where this file parts from the paper (P) or from the authors' code (
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
     14  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
-    15  P  MoCo's queue is empty at first: with random keys in it, all faces fell to one point.
+    15  –  MoCo's queue is empty at first, not random: so all faces fell to one point (Part IV).
 
 Map
     Part I: the method       3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
@@ -784,7 +784,7 @@ class Settings:
     # Evaluation
     eval: str = setting("", "evaluate a run by linear (if nothing is said), semi or finetune (B)")
     labels: float = setting(0.01, "share of the labels that --eval semi uses (B.2)")
-    init: str = setting("", "start from random, imagenet or a file; none: the run (4.2)")
+    init: str = setting("", "start from random, imagenet or a file; by default the run (4.2)")
     oversample: bool = setting(False, "see every class equally often (Table 2)")
     # Figures
     figures: bool = setting(False, "draw a run's figures (4.4)")
@@ -810,14 +810,12 @@ VITS = {
 }
 # Supplement B. Rates are per 256 images: 2.0 at 1024; 0.05 and 0.001 at 512.
 PROTOCOLS = {
-    "linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
-    "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
-    "finetune": dict(epochs=100, batch_size=512, lr=0.0005, weight_decay=1e-4),
-}
-EVALUATIONS = {  # what the presets change of them
-    "paper": {"linear": {}, "semi": {}, "finetune": {}},
-    "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1),
-               "semi": dict(epochs=20, batch_size=64), "finetune": dict(epochs=10, batch_size=64)},
+    "paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
+              "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
+              "finetune": dict(epochs=100, batch_size=512, lr=0.0005, weight_decay=1e-4)},
+    "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1, weight_decay=0.0),
+               "semi": dict(epochs=20, batch_size=64, lr=0.025, weight_decay=1e-4),
+               "finetune": dict(epochs=10, batch_size=64, lr=0.0005, weight_decay=1e-4)},
 }
 # What may differ between a checkpoint and the run that goes on from it.
 FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare",
@@ -853,7 +851,7 @@ def read_orders(argv: list[str] | None = None) -> dict:
                     allow_abbrev=False)
     choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"),
                    connection=("distil", "direct"), grouping=("paper", "balanced"), vit=VITS,
-                   eval=PROTOCOLS)
+                   eval=PROTOCOLS["paper"])
     for f in fields(Settings):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(nargs="+") if f.default == () else
@@ -867,7 +865,7 @@ def read_orders(argv: list[str] | None = None) -> dict:
 
 def read_settings(orders: dict) -> Settings:
     """The orders, on top of the preset, the protocol and the evaluated run. Raises Problem."""
-    if orders.get("figures") and "name" in orders and "data" not in orders:
+    if orders.keys() & {"figures", "eval"} and "name" in orders and "data" not in orders:
         orders = orders | {"data": run_settings(orders["name"])["data"]}  # the run's own
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
@@ -876,7 +874,7 @@ def read_settings(orders: dict) -> Settings:
         "laptop" if Path(data).name == "toy" else "paper")
     base = PRESETS[preset]
     if protocol:
-        base = base | {"steps": 0} | PROTOCOLS[protocol] | EVALUATIONS[preset][protocol]
+        base = base | {"steps": 0} | PROTOCOLS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
     if orders.get("gfl", "").startswith("moco") and preset == "paper":
         base = base | {"tau": 0.999}  # over the laptop's 400 steps the target would hardly move
@@ -907,6 +905,11 @@ def check_settings(s: Settings) -> None:
         raise Problem("--connection direct has nothing to connect with --ffl none; leave one out.")
     if s.ffl_size == s.patch:
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
+    for name, used in (("init", s.eval or s.figures), ("oversample", s.eval),
+                       ("compare", s.figures)):
+        if getattr(s, name) and not used:
+            raise Problem(f"--{name} means nothing to pre-training; add --eval or --figures, or "
+                          f"leave it out.")
     if s.sync_bn and s.eval:
         raise Problem("--sync-bn is for pre-training; leave it out of an evaluation.")
 
@@ -1389,8 +1392,8 @@ def load_file(path: Path) -> dict:
         reason = "no dict"
     except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
         reason = str(error).strip().split("\n")[0][:150]
-    raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); move it away or "
-                  f"start over with --fresh.")
+    raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); make it again, "
+                  f"or move it away.")
 
 
 def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> None:
@@ -1805,7 +1808,7 @@ def draw_toy_faces(s: Settings, world: World) -> None:
 class Pretraining(Run):
     """SimFLE on pictures without labels. (Sec. 4.1)"""
 
-    shown = ("L_s", "L_r", "L_d", "L_g", "spread")
+    shown, ignored = ("L_s", "L_r", "L_d", "L_g", "spread"), frozenset(("labels",))
 
     def __init__(self, s: Settings, world: World):
         paths, self.aside = split_pictures(s)
@@ -1918,7 +1921,8 @@ class Head(nn.Linear):
 
 
 def run_settings(name: str) -> dict:
-    """The settings that a run was pre-trained with, and its data's name; of no run, its name."""
+    """The settings a run was pre-trained with, and `data_name`; without such a run, its name stands
+    for the data."""
     try:
         with open(Path("runs", name, "log.jsonl")) as log:
             settings = json.loads(log.readline())["settings"]
@@ -1933,12 +1937,14 @@ def with_digest(path: Path) -> str:
 
 
 def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[str, dict]:
-    """What --init and the protocol start from, and the state of `net` with it. A head moves class
-    by class; where there is none, `net`'s own stays. (Sec. B) Raises Problem."""
-    if s.init == "random":
-        return s.init, net.state_dict()
+    """Where the weights come from, and the state of `net` with them. A saved head is matched by
+    class names; without one, `net` keeps its random head. (Sec. B) Raises Problem."""
     run, tune, origin = run_settings(s.name), s.eval == "finetune", s.init
-    if s.init == "imagenet":
+    if s.init == "random" and not tune:
+        return origin, net.state_dict()
+    if s.init == "random":
+        saved = {}
+    elif s.init == "imagenet":
         try:
             saved = torchvision.models.get_model(s.arch, weights="IMAGENET1K_V1").state_dict()
         except Exception as error:  # no such weights, no network, no space
@@ -1948,9 +1954,10 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
         own = Path("runs", s.name, f"linear-{run['data_name']}.pt" if tune else "backbone.pt")
         path, backbone = Path(s.init or own), own.with_name("backbone.pt")
         if not path.exists():
-            raise Problem(f"{path} is missing, from which this starts; give an --init, or make it: "
-                          f"`python simfle.py --data {run['data']} --name {s.name}"
-                          f"{' --eval' * tune}`.")
+            data = run["data"] if "seed" in run else s.data
+            raise Problem(f"{path} is missing, from which this starts; " + (
+                "check --init." if s.init else f"give an --init, or make it: `python simfle.py "
+                f"--data {data} --name {s.name}{' --eval' * tune}`."))
         saved, origin = load_file(path), with_digest(path)
         if (tune and not s.init and backbone.exists()
                 and saved.get("start") != with_digest(backbone)):
@@ -2004,7 +2011,8 @@ class Evaluation(Run):
         super().__init__(s, world, LabelledFaces(paths, labels, s.view_size, s.crop_min, s.seed),
                          net, trained=net.fc if self.frozen else net, suffix="-" + self.tag,
                          weights=mass[labels] if s.oversample else None, start=origin)
-        self.before = {k: v.clone() for k, v in net.state_dict().items() if self.frozen}
+        self.before = {k: v.clone() for k, v in net.state_dict().items()
+                       if self.frozen and k[:3] != "fc."}
 
     def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
@@ -2028,7 +2036,7 @@ class Evaluation(Run):
     def epoch_ends(self, epoch: int, step: int) -> None:
         # B.1's trap: nothing but the head may have moved, no statistics either.
         now = self.model.state_dict()
-        moved = [k for k, v in self.before.items() if k[:3] != "fc." and not torch.equal(v, now[k])]
+        moved = [k for k, v in self.before.items() if not torch.equal(v, now[k])]
         assert not moved, f"a frozen backbone has changed: {moved[:3]}"
 
     @torch.no_grad()
@@ -2095,25 +2103,25 @@ def in_words(result: dict, path: Path) -> str:
 
 def as_linear(s: Settings) -> dict:
     """What --eval alone would have set."""
-    return dict(eval="linear", steps=0, oversample=False,
-                **PROTOCOLS["linear"] | EVALUATIONS[s.preset]["linear"])
+    return dict(eval="linear", steps=0, oversample=False, labels=Settings.labels,
+                **PROTOCOLS[s.preset]["linear"])
 
 
 def evaluate(s: Settings, world: World) -> dict:
     """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
     data = Path(s.data).resolve().name
-    needed = agree(world, lambda: run_settings(s.name)["data_name"] == data
-                   and not Path("runs", s.name, f"linear-{data}.pt").exists())
-    if s.eval == "finetune" and not s.init and needed:
-        evaluate(replace(s, **as_linear(s)), world)
+    if s.eval == "finetune" and not s.init and agree(world, lambda: (
+            run_settings(s.name)["data_name"] == data
+            and not Path("runs", s.name, f"linear-{data}.pt").exists())):
+        Evaluation(replace(s, **as_linear(s)), world).go()
     return Evaluation(s, world).go()
 
 
 # ================================ Part IV: other rows of the tables =============================
 #
 # Section 4.3 takes parts of SimFLE away (Table 3) or puts another method in BYOL's place (Table 4).
-# Each is one class here, with the interface of what it replaces in Part I, so that nothing else in
-# the file asks which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+# Each is one class here, with the interface of what it replaces in Part I, so that the loop and the
+# evaluation need not know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
 
 
 # ===== Table 3: parts taken away =====
@@ -2124,9 +2132,9 @@ class GFLAlone(nn.Module):
 
     backbone, update = SimFLE.backbone, SimFLE.update
 
-    def __init__(self, gfl: nn.Module, ffl: FaceMAE | None = None):
+    def __init__(self, gfl: nn.Module):
         super().__init__()
-        self.gfl, self.ffl = gfl, ffl
+        self.gfl, self.ffl = gfl, None
 
     def forward(self, v1: Tensor, v2: Tensor, *_: Tensor) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
@@ -2138,8 +2146,8 @@ class DirectSimFLE(GFLAlone):
     the backbone too, through the grouping layer. (Table 3 b)"""
 
     def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
-        super().__init__(gfl, ffl)
-        self.beta = beta
+        super().__init__(gfl)
+        self.ffl, self.beta = ffl, beta
 
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor,
                 u: Tensor | None = None) -> dict[str, Tensor]:
@@ -2170,11 +2178,11 @@ MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
 
 # ===== Table 4: other methods for GFL =====
 #
-# SimSiam shows that BYOL's target needs no inertia, only its constancy. The others compare faces
-# with each other: a view must find the other view of its face (the positive) among those of other
-# faces (the negatives), and cannot while all are one point. MoCo keeps its negatives in a queue,
-# SimCLR takes them from the batch. In both they come from all W processes, and how is told from
-# outside: gather (B, ...) -> (W·B, ...) joins tensors in the order of the ranks.
+# SimSiam shows that BYOL's target needs no inertia, only that it gets no gradient. The others
+# compare faces with each other: a view must find the other view of its face (the positive) among
+# those of other faces (the negatives), and cannot while all are one point. MoCo keeps its negatives
+# in a queue, SimCLR takes them from the batch, both from all W processes; the caller says how:
+# gather (B, ...) -> (W·B, ...) joins tensors in the order of the ranks.
 
 
 def alone(x: Tensor) -> Tensor:
@@ -2295,11 +2303,13 @@ class SimCLR(nn.Module):
 # How each is built from the settings. SimSiam's 2048 and 512 are a half and an eighth of `hidden`,
 # the others' 128 a half of `outputs`: so they shrink with the laptop preset.
 GFLS = {
-    "byol": lambda s, f, gather, deal: BYOL(f, s.hidden, s.outputs, s.tau),
-    "simsiam": lambda s, f, gather, deal: SimSiam(f, s.hidden // 2, s.hidden // 8),
-    "moco": lambda s, f, *how: MoCo(f, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
-    "mocov2": lambda s, f, *how: MoCo(f, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
-    "simclr": lambda s, f, gather, deal: SimCLR(f, s.outputs // 2, 0.1, gather),
+    "byol": lambda s, backbone, *how: BYOL(backbone, s.hidden, s.outputs, s.tau),
+    "simsiam": lambda s, backbone, *how: SimSiam(backbone, s.hidden // 2, s.hidden // 8),
+    "moco": lambda s, backbone, *how: MoCo(
+        backbone, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
+    "mocov2": lambda s, backbone, *how: MoCo(
+        backbone, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
+    "simclr": lambda s, backbone, gather, deal: SimCLR(backbone, s.outputs // 2, 0.1, gather),
 }
 
 
@@ -2417,7 +2427,7 @@ def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image
     rows = [[cell(p) for p in (face, *reconstruct(model, face.expand(8, -1, -1, -1), u,
                                                   colours)[0])] for face in x[:3]]
     below = [[cell(p) for p in row] for row in (x, *reconstruct(model, x, u[:len(x)], colours))]
-    names = (["one draw"] * 8 if isinstance(model.ffl.masking, RandomMasking) else
+    names = (["one draw"] * 8 if model.ffl.masking.draws > 1 else
              [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()])
     light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
     return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)", rows,
@@ -2461,6 +2471,9 @@ def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
 def classifier(path: Path):
     """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
     classes they are taken for, attention for those (B, H, W). Raises Problem."""
+    if not path.exists():
+        raise Problem(f"{path} is missing; with --figures, --init is random or a classifier that "
+                      f"--eval has made.")
     saved = load_file(path)
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
         raise Problem(f"{path} is no classifier of --eval; give one with --init.")
@@ -2486,7 +2499,7 @@ def find_classifier(s: Settings, name: str) -> Path | None:
     data, found = Path(s.data).resolve().name, []
     for path in sorted(Path("runs", name).glob("eval-*.json")):
         made = json.loads(path.read_bytes())["settings"]
-        if not made["init"]:  # else it is another net's
+        if Path(made["init"] or path).resolve().parent == path.parent.resolve():  # no other net's
             found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
                           path.with_name(path.stem.removeprefix("eval-") + ".pt")))
     return min(found)[2] if found else None
@@ -2523,8 +2536,8 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
 
 
 def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
-    """Linear accuracy against α or β, the mean of the runs that differ from the run of settings
-    `own` in it and in nothing but seeds; None where there is only one value. (Fig. 5)"""
+    """Linear accuracy against α or β: for each value the mean over the runs that were pre-trained
+    as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
     points = defaultdict(list)
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = run_settings(path.parent.name)
@@ -2535,15 +2548,14 @@ def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
 
 
-def figure_curves(records: list[dict]) -> Image.Image:
+def figure_curves(records: list[dict]) -> Image.Image | None:
     """What the log holds, over the steps, and the refinement's correlations, over the epochs."""
     curves = defaultdict(list)
     for r in records:
-        numbers, name, x = ((r["refinement"], "correlation (Fig. 3), {}, by epoch", "epoch")
-                            if "refinement" in r else (r, "{}, by step", "step"))
-        for k, v in numbers.items():
+        what, by = ("correlation (Fig. 3), ", "epoch") if "refinement" in r else ("", "step")
+        for k, v in r.get("refinement", r).items():
             if isinstance(v, float):
-                curves[name.format(k)].append((r[x], v))
+                curves[f"{what}{k}, by {by}"].append((r[by], v))
     plots = [plot(*one) for one in curves.items()]
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
@@ -2606,7 +2618,7 @@ def draw_figures(s: Settings) -> None:
     folder, own, records = Path("runs", s.name), run_settings(s.name), []
     state, suffix = "untrained", "-untrained"
     if s.init != "random":
-        if len(own) == 2:  # its log has no settings
+        if "seed" not in own:
             there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
             raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose "
                           f"one with --name, or draw an untrained net with --init random.")
@@ -2629,7 +2641,8 @@ def draw_figures(s: Settings) -> None:
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
-    """Adds to seconds[name] how long that takes which is inside, or in a function so decorated."""
+    """Appends to seconds[name] the time of the `with` block, or of each call of the function that
+    it decorates."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -2641,10 +2654,11 @@ def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
 def loader_rates(run: Run, seconds: float) -> dict[int, float]:
     """Images a second that loading processes hand over, by their number: 1, 2, 4 to all cores."""
     rates = {}
-    for workers in sorted({min(2**i, run.cores()) for i in range(8)}):
+    for workers in sorted({min(2**i, run.cores()) for i in range(12)}):
         run.s = replace(run.s, workers=workers)
         loading, images, spent = iter(run.loader(run.faces, run.batches)), 0, 0.0
-        list(islice(loading, 4 * workers))  # what may stand ready before the clock starts
+        for _ in islice(loading, 4 * workers):  # what may stand ready before the clock starts
+            pass
         start = time.perf_counter()
         while spent < seconds:  # whole rounds: the batches of one come almost at once
             images += sum(len(batch["index"]) for batch in islice(loading, workers))
@@ -2674,8 +2688,9 @@ def benchmark(s: Settings, world: World) -> None:
     batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
     model, seconds, cuda = run.model.train(), defaultdict(list), world.device.type == "cuda"
     clock = partial(timed, seconds, world.device)
-    with FlopCounterMode(display=False) as counter:  # also the first, slow step
+    with FlopCounterMode(display=False) as counter:  # without --compile; so once more, with it
         run.step(batch, (0, 0), 0.0)
+    run.step(batch, (0, 0), 0.0)
     with clock("trial"):
         run.step(batch, (0, 0), 0.0)
     steps = agree(world, lambda: max(3, int(5 / seconds["trial"][0])))  # the same for all processes
@@ -2702,9 +2717,10 @@ def benchmark(s: Settings, world: World) -> None:
             run.stepped()
     if world.first:
         images, macs = run.batches.batch, counter.get_total_flops() / 2
+        memory = (torch.cuda.max_memory_allocated() if cuda else math.nan if resource is None else
+                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                  * (1 if sys.platform == "darwin" else 1024))
         peak = arithmetic_peak(world.device)
-        memory = (torch.cuda.max_memory_allocated() if cuda else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         name = torch.cuda.get_device_name() if cuda else f"{run.cores()} CPU cores"
         print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
               f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
@@ -2712,7 +2728,7 @@ def benchmark(s: Settings, world: World) -> None:
         rows += [("step", images / step, "images/s"), ("step", 1000 * step, "ms")]
         rows += [("  " + part, 1000 * sum(v) / steps, "ms") for part, v in seconds.items()]
         rows += [("memory of a process", memory / 2**30, "GB at most"),
-                 ("arithmetic", macs / run.share / 1e9, "G multiply-adds an image"),
+                 ("arithmetic", macs / run.share / 1e9, "G multiply-adds an image, both ways"),
                  ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s "
                   f"that a large matrix product reaches in one process")]
         for what, number, unit in rows:

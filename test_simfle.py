@@ -1342,6 +1342,10 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
     for args, words in (
             ([*new, "--eval"], "runs/new/backbone.pt is missing"),
             ([*new, "--eval", "finetune", "--name", "nothing"], "is missing, from which"),
+            ([*new, "--eval", "--init", "no.pt"], "no.pt is missing, from which this starts"),
+            ([*new, "--eval", "finetune", "--init", "random"], "random has no head"),
+            ([*new, "--init", "random"], "--init means nothing to pre-training"),
+            ([*new, "--oversample"], "--oversample means nothing to pre-training"),
             ([*new, "--eval", "cubic"], "--eval: invalid choice: 'cubic'"),
             ([*new, "--eval", "semi", "--labels", "0"], "--labels must be above 0 and up to 1"),
             (["--data", "colours", *EVAL[:-1], "resnet18", "--eval", "--name", "colours"],
@@ -1365,7 +1369,8 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
     (trained / "colours/complete").touch()
     monkeypatch.setitem(S.PRESETS, "laptop", S.PRESETS["laptop"] | dict(
         steps=2, batch_size=12, view_size=32, ffl_size=28, patch=4, workers=1))
-    monkeypatch.setitem(S.EVALUATIONS["laptop"], "linear", dict(epochs=1, batch_size=12))
+    monkeypatch.setitem(S.PROTOCOLS["laptop"], "linear",
+                        dict(epochs=1, batch_size=12, lr=0.1, weight_decay=0.0))
     assert in_process(cwd=trained, monkeypatch=monkeypatch) == 0
     last = capsys.readouterr().out.strip().split("\n")[-1]
     untrained, got = (result(trained, f"linear-toy{x}", "toy") for x in ("-random", ""))
@@ -1962,6 +1967,9 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert in_process("--data", "mine", "--name", "colours", "--figures", cwd=trained,
                       monkeypatch=monkeypatch) == 0
     assert "colours" in complaint(["--data", "mine", "--figures"], trained, monkeypatch, capsys)
+    missing = complaint(["--data", "colours", "--figures", "--init", "no.pt"], trained, monkeypatch,
+                        capsys)
+    assert "no.pt is missing; with --figures, --init is" in missing
 
 
 # ---------------------------------------------------------------- Faults
