@@ -2780,6 +2780,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nsimfle: {told}", file=sys.stderr, flush=True)
         return told.code
     except KeyboardInterrupt:
+        print("\nsimfle: interrupted; the same command goes on from the last checkpoint, if there "
+              "is one (--save-every writes more of them).", file=sys.stderr, flush=True)
         return 130
     except RuntimeError as error:
         if not dist.is_initialized() or not re.search("closed|reset|peer|timed out", str(error),
