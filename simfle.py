@@ -41,7 +41,7 @@ Departures: where this file parts from the paper (P) or from the authors' code (
      3  A  The grouping layer starts random. Set to a constant, all channels are equal: a saddle.
      4  A  Blur with probability 0.5, SimCLR's own, in place of always.
      5  A  The learning rate follows the cosine with every step, not with every epoch.
-     6  A  Pictures are squeezed to a square; the authors crop the long side.
+     6  A  Pictures are squeezed to a square; the authors resize by the short side.
      7  P  Eq. 5 gets a factor t², is read as KL(z̄ ‖ z_i), and its z̄ is a constant.
      8  P  The autoencoder's pixels are normalised patch by patch, as in MAE (`--no-norm-pix`).
      9  P  The four colour jitters come in one random order per batch, not per image.
@@ -50,7 +50,7 @@ Departures: where this file parts from the paper (P) or from the authors' code (
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
     14  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
-    15  –  MoCo's queue is empty at first, not random: so all faces fell to one point (Part IV).
+    15  –  MoCo's queue is empty at first; with random keys, as MoCo's, all faces fell to a point.
 
 Map
     Part I: the method       3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
