@@ -108,30 +108,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms import RandomResizedCrop
 
-
 # ================================ Part I: the method ================================
 #
 # Plain tensors in, plain tensors out. Nothing in this part knows a settings object, a device, a
 # process group or a file, so each piece can be pasted elsewhere with the imports above. The numbers
 # in the shapes are the default settings': batch B, ResNet-50, views of 224 pixels, I of 112.
 
-
 def full_precision(x: Tensor):
     """A context in which x's device computes as it is told, even inside `torch.autocast`.
 
     Norms, cosines, softmax, Eq. 2 and the scores need fp32: bf16 has 8 bits of mantissa, so that
-    many of 49 scores would be equal, and which patch is masked an accident. (Sec. 3, ours)
-    """
+    many of 49 scores would be equal, and which patch is masked an accident. (Sec. 3, ours)"""
     return torch.autocast(x.device.type, enabled=False)
-
 
 class Backbone(nn.Module):
     """A torchvision ResNet that gives its last feature map and the map's mean. (Sec. 3, Fig. 2)
 
     Its `fc` is taken off: `resnet.state_dict()` is what torchvision's own model loads, but for
     `fc.*`. forward: (B, 3, 224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). Of 112 pixels the
-    map is 4 × 4.
-    """
+    map is 4 × 4."""
 
     def __init__(self, resnet: nn.Module | None = None):
         super().__init__()
@@ -143,22 +138,18 @@ class Backbone(nn.Module):
         x = feature_map(self.resnet, x)
         return x, x.mean(dim=(2, 3))
 
-
 def feature_map(r: nn.Module, x: Tensor) -> Tensor:
     """All of a torchvision ResNet but its pooling and `fc`. (B, 3, 224, 224) -> (B, 2048, 7, 7)."""
     x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B, 64, 56, 56)
     return r.layer4(r.layer3(r.layer2(r.layer1(x))))
 
-
 def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
     """Every head of the method: the projectors, the predictor, the distillation heads. (Sec. 4.1)
 
     Paper: "a fully connected layer with a batch normalization and a ReLU activation, followed by
-    another fully connected layer". The widths are BYOL's; the paper gives none.
-    """
+    another fully connected layer". The widths are BYOL's; the paper gives none."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, outputs))
-
 
 # ===== 3.1 GFL: global facial feature learning =====
 #
@@ -173,7 +164,6 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by 1/√256
 # = 0.0625 each.
 
-
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
     """How far a prediction is from the target's projection. (Sec. 3.1, Eq. 1)
 
@@ -187,15 +177,12 @@ def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
     with full_precision(p):
         return (2 - 2 * F.cosine_similarity(p.float(), z.float(), dim=1)).mean()
 
-
 def spread(z: Tensor) -> Tensor:
     """The deviation of unit-length projections over the batch, averaged over their dimensions.
 
-    z: (B, 256). Returns (): 0 when all faces are one point, near 1/√256 when healthy. (ours)
-    """
+    z: (B, 256). Returns (): 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
     with full_precision(z):
         return F.normalize(z.float(), dim=1).std(dim=0).mean()
-
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
@@ -211,7 +198,6 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
-
 class Stream(nn.Module):
     """Backbone and projector. forward: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
     (Sec. 3.1, Fig. 2)"""
@@ -223,7 +209,6 @@ class Stream(nn.Module):
     def forward(self, v: Tensor) -> tuple[Tensor, Tensor]:
         pooled = self.backbone(v)[1]
         return self.projector(pooled), pooled
-
 
 class BYOL(nn.Module):
     """GFL by BYOL. (Sec. 3.1, Eq. 1)
@@ -267,7 +252,6 @@ class BYOL(nn.Module):
         """Moves the target after the optimiser's step."""
         ema_update(self.target, self.online, self.tau)
 
-
 # ===== 3.2 Channel grouping =====
 #
 # FFL wants the backbone to say which parts of a face matter. What it has are c′ = 2048 channels,
@@ -290,7 +274,6 @@ class BYOL(nn.Module):
 # and Uᵀ U is just the sum of the groups' U_gᵀ U_g.
 
 NORM_EPS = 1e-6  # the least a norm is taken for: a channel that is 0 everywhere stays 0
-
 
 class ChannelGrouping(nn.Module):
     """Mixes c′ channels into c′ channels that lie in groups. (Sec. 3.2)
@@ -318,7 +301,6 @@ class ChannelGrouping(nn.Module):
         with full_precision(X):
             return F.relu(self.norm(self.conv(X.float())))
 
-
 def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The two sums of Eq. 2: of D(C_i, C_j)² over pairs in different groups, and in one group.
 
@@ -327,8 +309,7 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
     By hand, 4 channels of 2 positions in 2 groups: (1, 0), (1, 0) | (0, 1), (1, 1). In the first
     group D² is 1 four times; in the second 1, ½, ½, 1: 7 in all. Between the groups D² is 0, ½, 0,
-    ½, each twice: 2. By the identity: Uᵀ U = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7.
-    """
+    ½, each twice: 2. By the identity: Uᵀ U = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7."""
     with full_precision(C):
         U = rearrange(C.float(), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
         U = F.normalize(U, dim=3, eps=NORM_EPS)
@@ -336,7 +317,6 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         within = gram.square().sum(dim=(1, 2, 3))
         all_pairs = gram.sum(dim=1).square().sum(dim=(1, 2))
     return all_pairs - within, within
-
 
 def grouping_loss(C: Tensor, groups: int,
                   balanced: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,7 +345,6 @@ def grouping_loss(C: Tensor, groups: int,
     D2_within = within.mean() / inside
     L_g = D2_between - D2_within if balanced else (between - within).mean() / channels
     return L_g, D2_between.detach(), D2_within.detach()
-
 
 # ===== 3.2 Semantic masking =====
 #
@@ -412,7 +391,6 @@ class SemanticMasking(nn.Module):
         a = self.scores(C, (u[:, 0] * self.groups).long())
         return a, *mask_lowest(a, self.ratio)
 
-
 def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Paper: "the patches are masked in ascending order". (Sec. 3.2)
 
@@ -424,7 +402,6 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
     keep = a.argsort(dim=1, descending=True, stable=True)[:, :kept]
     return keep, torch.ones_like(a).scatter(1, keep, 0.0)
-
 
 # Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
 # avoid masking fine-grained facial landmarks, which are difficult to reconstruct." Nothing so far
@@ -448,9 +425,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # M_i is the hard mask: kept patches are seen but never scored by L_r, their output is untrained and
 # its "error" means nothing; let in, the mask feeds on itself. (Departure 1.)
 
-
 SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place of 0/0
-
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Tensor:
     """A zero whose gradient raises the scores of patches that are hard to reconstruct. (Sec. 3.2)
@@ -474,7 +449,6 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
         term = mask * (error - mean_error) * (soft - soft.detach()) / N_m
         return kappa * term.sum(dim=1).mean()
 
-
 # ===== 3.2 FaceMAE =====
 #
 # A masked autoencoder: a ViT encodes the 12 visible patches, a smaller one guesses the 37 others
@@ -483,7 +457,6 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
 # is where things are in a face.
 
 PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
-
 
 class Block(nn.Module):
     """A pre-norm transformer block: x (B, tokens, width) -> the same shape. (Sec. 4.1, ViT)"""
@@ -502,13 +475,11 @@ class Block(nn.Module):
         x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return x + self.mlp(self.norm2(x))
 
-
 def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed 2-D positions: (1, 1 + grid², width), zeros for the class token. (Sec. 4.1, MAE)
 
     Half of the numbers tell the row, half the column, each as sines and cosines of the coordinate
-    at width/4 frequencies from 1 down to almost 1/10,000. 4 must divide width.
-    """
+    at width/4 frequencies from 1 down to almost 1/10,000. 4 must divide width."""
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (7, 192)
     line = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (7, 384)
@@ -517,14 +488,12 @@ def sincos_positions(grid: int, width: int) -> Tensor:
     patches = rearrange(torch.cat([row, column], dim=2), "h w d -> (h w) d")
     return torch.cat([torch.zeros(1, width), patches])[None]
 
-
 class MaskedAutoencoder(nn.Module):
     """MAE with ViT-B/16 on small images. (Sec. 3.2, Eq. 4; Sec. 4.1)
 
     forward: I (B, 3, 112, 112), normalised; keep (B, 12) indices of the visible patches -> error
     (B, 49), the mean squared error of every patch, visible ones too; tokens (B, 12, 768), the
-    encoder's output for the visible patches without its class token.
-    """
+    encoder's output for the visible patches without its class token."""
 
     def __init__(self, image_size: int = 112, patch: int = 16, width: int = 768, depth: int = 12,
                  heads: int = 12, decoder_width: int = 512, decoder_depth: int = 8,
@@ -582,8 +551,7 @@ class MaskedAutoencoder(nn.Module):
     def target(self, patches: Tensor) -> Tensor:
         """What is to be guessed: pixels at mean 0 and deviation 1 in every patch. (Departure 8.)
 
-        What is left is pattern and hue: otherwise light and contrast decide what is hard.
-        """
+        What is left is pattern and hue: otherwise light and contrast decide what is hard."""
         if not self.norm_pix:
             return patches.float()
         var, mean = torch.var_mean(patches.float(), dim=2, keepdim=True)
@@ -595,7 +563,6 @@ class MaskedAutoencoder(nn.Module):
         guess = self.decode(tokens, keep)
         error = (guess.float() - self.target(patches)).square().mean(dim=2)  # (B, 49)
         return error, tokens[:, 1:]
-
 
 class FaceMAE(nn.Module):
     """The whole of FFL: grouping, semantic masking, autoencoding. (Sec. 3.2, Eq. 2 to 4)
@@ -628,7 +595,6 @@ class FaceMAE(nn.Module):
         L_r = L_r + refinement_term(a, mask, error, self.kappa)
         return L_r, tokens, L_g, D2_between, D2_within
 
-
 # ===== 3.3 Connecting two branches =====
 #
 # FFL wants easy reconstruction, GFL wants views alike; if both pull at the backbone, it breaks:
@@ -636,7 +602,6 @@ class FaceMAE(nn.Module):
 # carries no gradient back, and the branches only compare notes: the autoencoder's vector of the
 # face and the backbone's vectors of its two views go through projectors of their own, and each
 # should give the distribution of their mean vector.
-
 
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     """Each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
@@ -660,7 +625,6 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
         return t**2 * sum(F.kl_div(F.log_softmax(z / t, dim=1), teacher, log_target=True,
                                    reduction="batchmean") for z in zs)
 
-
 # ===== 3.3 Total loss =====
 #
 # Who trains whom ("–" is no gradient at all; a test holds this table):
@@ -671,7 +635,6 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #     L_d   yes        –                      –                yes       –         yes
 #     L_g   –          –                      yes              –         –         –
 
-
 class SimFLE(nn.Module):
     """SimFLE. Without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
 
@@ -679,8 +642,7 @@ class SimFLE(nn.Module):
     forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
     augmented; u, what `SemanticMasking` draws from -> a dict of scalars: `loss` with gradient, and
     without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. After every step of the optimiser,
-    call `update()`.
-    """
+    call `update()`."""
 
     def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
                  hidden: int = 4096, outputs: int = 256, alpha: float = 0.3, beta: float = 0.03,
@@ -724,27 +686,22 @@ class SimFLE(nn.Module):
         """What changes without gradient, once after every step: the target (Sec. 3.1)."""
         self.gfl.update()
 
-
 def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
     """The loss, with gradient, and its parts, without. (ours)"""
     return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
 
-
 # ================================ Settings ================================
-
 
 def setting(default, help: str):
     """A field of `Settings` with the text that --help shows for it."""
     return field(default=default, metadata={"help": help})
-
 
 @dataclass
 class Settings:
     """All settings; the fields are the command line (`batch_size` is `--batch-size`).
 
     Each says its unit and where it comes from: the section of the paper, "authors" for their public
-    code, "ours" for what neither gives. The defaults are the preset `paper`.
-    """
+    code, "ours" for what neither gives. The defaults are the preset `paper`."""
 
     data: str = setting("toy", "a folder of pictures, or the name of one in data/; toy: the demo")
     name: str = setting("", "of the run: results go to runs/NAME; default: the data's name (ours)")
@@ -797,7 +754,6 @@ class Settings:
     save_every: int = setting(0, "steps between checkpoints within an epoch; 0: at its end (ours)")
     log_every: int = setting(20, "steps between two lines of log.jsonl, which holds means (ours)")
 
-
 # laptop was found by measurement on the toy faces: 64-pixel views, 7 × 7 patches of 8 pixels.
 PRESETS = {
     "paper": {},
@@ -825,25 +781,21 @@ HERE = Path(__file__).resolve().parent
 # AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
-
 class Problem(Exception):
     """Something a user can mend. Its text is one sentence: what, where, what to do."""
 
     code = 2  # that the program ends with
-
 
 class Stopped(Exception):
     """A run that was told to stop, has saved its place and ends."""
 
     code = 143
 
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are Problems, so that three processes complain once."""
 
     def error(self, message: str):
         raise Problem(f"{message}; `python simfle.py --help` lists the options.")
-
 
 def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
@@ -861,7 +813,6 @@ def read_orders(argv: list[str] | None = None) -> dict:
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]", **kind)
     return vars(parser.parse_args(argv))
-
 
 def read_settings(orders: dict) -> Settings:
     """The orders, on top of the preset, the protocol and the evaluated run. Raises Problem."""
@@ -884,7 +835,6 @@ def read_settings(orders: dict) -> Settings:
     check_settings(s)
     return s
 
-
 RANGES = {  # of numbers; those that are not here may be anything
     "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size hidden outputs queue "
                                  "groups patch temperature log_every"),
@@ -893,7 +843,6 @@ RANGES = {  # of numbers; those that are not here may be anything
     "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
     "from 0 to 1": (lambda v: 0 <= v <= 1, "tau"),
 }
-
 
 def check_settings(s: Settings) -> None:
     """Raises Problem for what cannot work, before anything is loaded."""
@@ -913,13 +862,11 @@ def check_settings(s: Settings) -> None:
     if s.sync_bn and s.eval:
         raise Problem("--sync-bn is for pre-training; leave it out of an evaluation.")
 
-
 def small_resnet(width: int = 32) -> nn.Module:
     """A ResNet for laptops: one block a stage, `width` channels in the first, stride 16. (ours)
 
     The last stage keeps its resolution: at 56 pixels the map is 4 × 4. With a stride of 32 it would
-    be 2 × 2, and a mask of 7 × 7 patches drawn from four numbers says nothing about a face.
-    """
+    be 2 × 2, and a mask of 7 × 7 patches drawn from four numbers says nothing about a face."""
     block = torchvision.models.resnet.BasicBlock
     net = torchvision.models.ResNet(block, [1, 1, 1, 1])
     net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -933,17 +880,14 @@ def small_resnet(width: int = 32) -> nn.Module:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
 
-
 RESNETS = {"small": small_resnet} | {name: partial(torchvision.models.get_model, name) for name in (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
     "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2")}
 
-
 def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
     """The model that the settings describe, its weights drawn from the seed. Raises Problem.
 
-    gather, deal: how processes exchange tensors (4.1 Processes); None: there is one.
-    """
+    gather, deal: how processes exchange tensors (4.1 Processes); None: there is one."""
     torch.manual_seed(s.seed)
     backbone = Backbone(RESNETS[s.arch]())
     try:
@@ -960,9 +904,7 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
         return DirectSimFLE(gfl, ffl, s.beta)
     return SimFLE(gfl, ffl, s.hidden, s.outputs, s.alpha, s.beta, s.temperature)
 
-
 # ================================ Part II: training ================================
-
 
 # ===== 4.1 Pictures =====
 #
@@ -974,12 +916,10 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
 # epoch, index), the order of a batch's jitters from (seed, epoch, images done). So the number of
 # workers changes nothing, and a run that goes on needs no generator's state.
 
-
 def stream_of(*key) -> torch.Generator:
     """A generator for this key alone, the same in every process and on every machine. (ours)"""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
 
 def find_data(name: str) -> Path:
     """The folder that --data means. Raises Problem, with the folders that there are."""
@@ -991,14 +931,12 @@ def find_data(name: str) -> Path:
                   f" has {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME "
                   f"--src DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
-
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and deviation of a dataset's channels, by which its pictures are normalised. (Sec. B.4)
 
     Paper: "For RAF-DB and SFEW, values computed from AffectNet were used, and for FERPlus, values
     recalculated from FERPlus": where stats.json, which data/prepare.py writes, says `own_colours`,
-    its own; else AffectNet's. Raises Problem.
-    """
+    its own; else AffectNet's. Raises Problem."""
     path = folder / "stats.json"
     try:
         stats = json.loads(path.read_bytes()) if path.exists() else {"own_colours": False}
@@ -1012,12 +950,10 @@ def colours_of(folder: Path) -> tuple[list[float], list[float]]:
     raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make it "
                   f"again with data/prepare.py, or remove it.")
 
-
 def find_pictures(folder: Path) -> list[str]:
     """All pictures below a folder, at any depth, with any extension Pillow reads, in fixed order.
 
-    Hidden files and folders are skipped. Raises Problem if there are none.
-    """
+    Hidden files and folders are skipped. Raises Problem if there are none."""
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -1029,14 +965,12 @@ def find_pictures(folder: Path) -> list[str]:
                       f"--data.")
     return sorted(found)
 
-
 def read_picture(path: str) -> Image.Image:
     """A picture as RGB: grey, palette, CMYK and 16-bit grey become so, transparency is dropped."""
     with Image.open(path) as picture:
         if picture.mode.startswith("I"):  # 16 bits; Pillow would cut 65,535 off at 255
             picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
         return picture.convert("RGB")
-
 
 def throw(picture: Image.Image, crops: int, dice: int, crop_min: float, *key):
     """Boxes (top, left, height, width) of random crops, and dice in [0, 1), from this key alone."""
@@ -1046,9 +980,7 @@ def throw(picture: Image.Image, crops: int, dice: int, crop_min: float, *key):
                  for _ in range(crops)]
         return boxes, torch.rand(dice)
 
-
 DICE_PER_VIEW = 9  # flip, jitter or not, 4 strengths, grey, blur or not, its width
-
 
 class Faces(Dataset):
     """What a step needs of one image. faces[epoch, index, weight] -> a dict of tensors. (Sec. 4.1)
@@ -1056,8 +988,7 @@ class Faces(Dataset):
     views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
     resized; dice (19,) uniform in [0, 1) for what happens on the device, 9 a view and `dice` for
     the masking; index (); unreadable (), 1 where this picture could not be read and the next one
-    that can took its place. The weight is for evaluations.
-    """
+    that can took its place. The weight is for evaluations."""
 
     tries = 64  # pictures that are tried, one after the other, before a black one is given
 
@@ -1087,7 +1018,6 @@ class Faces(Dataset):
         return dict(views=torch.stack(views), image=image, dice=dice, index=torch.tensor(index),
                     unreadable=torch.tensor(unreadable))
 
-
 # ===== 4.1 Augmentation =====
 #
 # SimCLR's list at strength 1: crop (above), flip with probability ½, with 0.8 a jitter of
@@ -1095,32 +1025,26 @@ class Faces(Dataset):
 # turn, grey with 0.2, blur with ½. Each function does to a batch x (B, 3, H, W) in [0, 1] what
 # torchvision's function of that name does to one picture, with a factor for each image: f (B,).
 
-
 def grey(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R 601-2. (Sec. 4.1)"""
     return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-
 
 def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
     """f of x and 1 − f of the other, cut to [0, 1]: at f = 1 x itself, beyond 1 away from other."""
     f = f[:, None, None, None]
     return (f * x + (1 - f) * other).clamp(0, 1)
 
-
 def adjust_brightness(x: Tensor, f: Tensor) -> Tensor:
     """Towards black. (Sec. 4.1, SimCLR)"""
     return blend(x, 0.0, f)
-
 
 def adjust_contrast(x: Tensor, f: Tensor) -> Tensor:
     """Towards the picture's mean grey. (Sec. 4.1, SimCLR)"""
     return blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f)
 
-
 def adjust_saturation(x: Tensor, f: Tensor) -> Tensor:
     """Towards the picture in grey. (Sec. 4.1, SimCLR)"""
     return blend(x, grey(x), f)
-
 
 def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
     """Turns the hue by f of a circle, -0.5 to 0.5. (Sec. 4.1, SimCLR)"""
@@ -1136,13 +1060,11 @@ def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
     k = (torch.stack([hue + 5, hue + 3, hue + 1], dim=1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
-
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     """Blurs image b by sigma[b] pixels, (B,); 0 leaves it as it is. (Sec. 4.1, SimCLR)
 
     kernel: taps, odd. A blur of the rows is a matrix K (H × H), mirrored borders and all, so the
-    whole is K x Kᵀ: two batched products with one matrix per image, whatever each one's sigma.
-    """
+    whole is K x Kᵀ: two batched products with one matrix per image, whatever each one's sigma."""
     tap = torch.arange(kernel, device=x.device) - kernel // 2
     weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]).square())  # (B, 23)
     weight = weight / weight.sum(dim=1, keepdim=True)
@@ -1155,9 +1077,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
     rows, columns = matrix(x.shape[2])[:, None], matrix(x.shape[3])[:, None]
     return rows @ x @ columns.mT
 
-
 JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-
 
 def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
     """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over the data. (Sec. B.1)"""
@@ -1165,7 +1085,6 @@ def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
     # Channel by channel with plain numbers: a tensor of them would be copied, and waited for.
     x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     return x.contiguous(memory_format=torch.channels_last)
-
 
 def augment(x: Tensor, dice: Tensor, order: list[int], colours=(MEAN, STD)) -> Tensor:
     """All of SimCLR's list but the crop. (Sec. 4.1)
@@ -1191,7 +1110,6 @@ def augment(x: Tensor, dice: Tensor, order: list[int], colours=(MEAN, STD)) -> T
     sigma = torch.where(blur < 0.5, (0.1 + 1.9 * width) * size / 224, 0.0)
     return normalise(gaussian_blur(x, sigma, kernel=size // 10 | 1), colours)
 
-
 def prepare(batch: dict[str, Tensor], key: tuple,
             colours=(MEAN, STD)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A batch of `Faces`, on its device -> v1, v2, I, u of `SimFLE`. key: (seed, epoch, done)."""
@@ -1201,9 +1119,7 @@ def prepare(batch: dict[str, Tensor], key: tuple,
                       torch.randperm(4, generator=orders).tolist(), colours) for i in range(2))
     return v1, v2, normalise(batch["image"], colours), dice[:, 2 * DICE_PER_VIEW:]
 
-
 # ===== 4.1 Order of the images =====
-
 
 class Batches:
     """Which images each process gets in each step. A batch sampler for DataLoader. (Sec. 4.1)
@@ -1214,8 +1130,7 @@ class Batches:
     `partial` it makes a smaller one, and where that cannot be shared evenly, images are repeated
     with the weight 0. A place in the training is (epoch, done): done counts images, not steps, so
     that another number of processes can go on from it. One stream over all epochs: workers never
-    wait for an epoch to end. Yields lists of (epoch, index, weight).
-    """
+    wait for an epoch to end. Yields lists of (epoch, index, weight)."""
 
     def __init__(self, images: int, batch: int, total: int, seed: int, rank: int = 0,
                  world: int = 1, epoch: int = 0, done: int = 0, partial: bool = False,
@@ -1261,14 +1176,11 @@ class Batches:
             step += [(epoch, order[done], 0.0)] * (share * self.world - len(step))
             yield step[self.rank * share:(self.rank + 1) * share]
 
-
 def steps_per_epoch(images: int, batch: int, partial: bool) -> int:
     """Full batches, and with `partial` the rest as one more."""
     return math.ceil(images / batch) if partial else images // batch
 
-
 # ===== 4.1 Processes =====
-
 
 @dataclass
 class World:
@@ -1282,7 +1194,6 @@ class World:
     @property
     def first(self) -> bool:
         return self.rank == 0
-
 
 @contextlib.contextmanager
 def processes():
@@ -1312,23 +1223,19 @@ def processes():
     yield world
     dist.destroy_process_group()  # not in a `finally`: after a failure this would wait for ever
 
-
 def gather(world: World, x: Tensor) -> Tensor:
     """(B, ...) of each process -> (W·B, ...), by rank; the gradient of all comes back to each."""
     return x if world.size == 1 else torch.cat(all_gather(x.contiguous()))
 
-
 def deal(world: World, v: Tensor):
     """MoCo's mixing: process r takes every W-th image from the r-th on; the way back. (Table 4)
 
-    No dice: the order of an epoch is random, so those that meet here are new every time.
-    """
+    No dice: the order of an epoch is random, so those that meet here are new every time."""
     def back(z: Tensor) -> Tensor:
         together = rearrange(gather(world, z), "(w b) d -> (b w) d", w=world.size)
         return together[world.rank * len(z):][:len(z)]
 
     return gather(world, v)[world.rank::world.size], back
-
 
 def agree(world: World, make):
     """What `make()` returns in process 0, in every process; a Problem in it is raised in all."""
@@ -1346,15 +1253,12 @@ def agree(world: World, make):
         raise Problem(result[1])
     return result[0]
 
-
 # ===== 4.1 Checkpoints =====
-
 
 def write_whole(path: Path, write) -> None:
     """Lets `write(file)` fill a temporary file, which takes path's place once it is safe on disk.
 
-    A crash leaves the old file or the new one, never half of one. Raises Problem.
-    """
+    A crash leaves the old file or the new one, never half of one. Raises Problem."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1367,7 +1271,6 @@ def write_whole(path: Path, write) -> None:
             part.unlink(missing_ok=True)
         raise Problem(f"{path} could not be written ({error}); what stood there before is intact: "
                       f"make room or mend the disk, and start the same command again.") from None
-
 
 def keep_others_away(path: Path):
     """A lock that holds as long as its file is open and this process lives. Raises Problem."""
@@ -1382,7 +1285,6 @@ def keep_others_away(path: Path):
                       f"this one another name with --name.") from None
     return file
 
-
 def load_file(path: Path) -> dict:
     """A file of torch.save, without running code that it may carry. Raises Problem."""
     try:
@@ -1395,7 +1297,6 @@ def load_file(path: Path) -> dict:
     raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); make it again, "
                   f"or move it away.")
 
-
 def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> None:
     """Fills model and optimiser from a checkpoint. Raises Problem if they do not fit."""
     try:
@@ -1407,15 +1308,12 @@ def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> Non
         raise Problem(f"{path} does not fit this model ({reason}); move it away or start over with "
                       f"--fresh.") from None
 
-
 # ===== 4.1 What is watched =====
-
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
     """Pearson's, over the last dimension; 0 where one of them is constant. (ours)"""
     x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)
-
 
 @torch.no_grad()
 def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
@@ -1426,8 +1324,7 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
     masks, over the rounds in which it is masked; `keep_map`: the share of the groups that keep it;
     (49,) each, means over the images. `positions` is the correlation of these maps, `within_image`
     that of each image's own two, averaged. Eval mode, always the same masks; weights and buffers
-    stay. Of random masking it measures the scores, which then mask nothing.
-    """
+    stay. Of random masking it measures the scores, which then mask nothing."""
     device, masking = next(model.parameters()).device, model.ffl.masking
     draw, was_training = stream_of("measure"), model.training
     model.eval()
@@ -1452,7 +1349,6 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
                 within_image=correlation(error, keep).mean().item(),
                 error_map=[round(v, 4) for v in error.mean(0).tolist()],
                 keep_map=[round(v, 4) for v in keep.mean(0).tolist()])
-
 
 class Status:
     """Lines for people: one that rewrites itself on a terminal, one every few seconds elsewhere."""
@@ -1483,7 +1379,6 @@ class Status:
         """A line that stays."""
         if not self.quiet:
             print(("\r\033[K" if self.terminal else "") + text, flush=True)
-
 
 class Log:
     """One JSON object a line. Process 0 writes, the others do nothing."""
@@ -1520,9 +1415,7 @@ class Log:
         os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
         self.sums, self.count = state["sums"], state["count"]
 
-
 # ===== 4.1 The loop =====
-
 
 def leave_signals(worker: int) -> None:
     """Loading processes end with their parent: a cluster's SIGTERM, which reaches all, is for it,
@@ -1530,15 +1423,13 @@ def leave_signals(worker: int) -> None:
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, signal.SIG_IGN)
 
-
 class Run:
     """The loop over steps, with its checkpoints, log and status line. (Sec. 4.1)
 
     Pre-training and every evaluation are one of these: they bring a model, its pictures, and what a
     step computes. The settings decide everything that is computed, world decides who computes it.
     trained: the part of the model that learns. suffix: tells the files of several runs in one
-    folder apart. weights: as in `Batches`. more: what else must be equal for a run to go on.
-    """
+    folder apart. weights: as in `Batches`. more: what else must be equal for a run to go on."""
 
     shown: tuple[str, ...]  # what of a step's values the status line shows
     ignored = frozenset()  # settings that mean nothing to this kind of run
@@ -1636,8 +1527,7 @@ class Run:
         After its first backward pass DDP lays its buckets anew, in the order in which gradients
         came; with three processes that changes the order of their sums. A run that goes on would
         take its first step with the old buckets where an uninterrupted one has the new, and not
-        be bit-equal. (On GPUs it is not in any case: cuDNN chooses its kernels by trial.)
-        """
+        be bit-equal. (On GPUs it is not in any case: cuDNN chooses its kernels by trial.)"""
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         self.backward(batch, place)
         self.optimizer.zero_grad()
@@ -1688,8 +1578,7 @@ class Run:
         `gradient`, its norm, and as sums `unreadable` and `stop`, the processes told to stop.
 
         Raises Problem, in every process and before any weight moves, for a loss or a gradient that
-        is not finite.
-        """
+        is not finite."""
         parts = self.backward(batch, place)
         gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         parts["gradient"] = torch.stack(torch._foreach_norm(gradients)).norm()
@@ -1777,23 +1666,19 @@ class Run:
         """A cluster takes the machine back (SIGTERM): all processes end after the same step."""
         self.told_to_stop = True
 
-
 # ===== 4.1 Pre-training =====
-
 
 def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
     """The pictures to train on, and a few set aside for `measure_refinement`. Raises Problem.
 
     Where the data has train/, only that is read. Departure 13: of AffectNet's 287,651, 256 are set
-    aside, the same for the same seed; of a small set, one in twenty.
-    """
+    aside, the same for the same seed; of a small set, one in twenty."""
     folder = find_data(s.data)
     paths = find_pictures(folder / "train" if (folder / "train").is_dir() else folder)
     order = torch.randperm(len(paths), generator=stream_of(s.seed, "aside")).tolist()
     aside = sorted(order[:min(256, len(paths) // 20)])
     chosen = set(aside)
     return [p for i, p in enumerate(paths) if i not in chosen], [paths[i] for i in aside]
-
 
 def draw_toy_faces(s: Settings, world: World) -> None:
     """Draws data/toy if it is asked for; what is there already is not drawn again."""
@@ -1803,7 +1688,6 @@ def draw_toy_faces(s: Settings, world: World) -> None:
             subprocess.run([sys.executable, HERE / "data" / "toy.py"], check=True)
         if world.size > 1:
             dist.barrier()
-
 
 class Pretraining(Run):
     """SimFLE on pictures without labels. (Sec. 4.1)"""
@@ -1848,7 +1732,6 @@ class Pretraining(Run):
         write_whole(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
         super().save(place)  # last: where this is complete, so is the other
 
-
 # ================================ Part III: evaluation ================================
 #
 # Supplement B. Of SimFLE only the backbone is left, with a linear layer on top: a plain torchvision
@@ -1859,13 +1742,11 @@ class Pretraining(Run):
 #     finetune    B.3, B.4   everything, from the linear result: on the run's own data B.3, on other
 #                            data, with the classes that the linear result has, B.4
 
-
 def class_folders(folder: Path) -> list[str]:
     """The classes of a split: the names of its folders, sorted. Raises Problem."""
     if not folder.is_dir():
         raise Problem(f"{folder} is missing; an evaluation reads train/CLASS/ and val/CLASS/.")
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
-
 
 def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
     """The classes, the paths of all pictures and their labels, of one split. Raises Problem."""
@@ -1874,7 +1755,6 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
         raise Problem(f"{folder} needs two class folders or more, not {len(classes)}.")
     found = [find_pictures(folder / name) for name in classes]
     return classes, sum(found, []), [label for label, one in enumerate(found) for _ in one]
-
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     """The images that keep their labels: the same share of every class, at least one. (Sec. B.2)"""
@@ -1885,13 +1765,11 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
         chosen += [mine[i] for i in order[:max(1, round(share * len(mine)))]]
     return sorted(chosen)
 
-
 class LabelledFaces(Faces):
     """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors (Sec. B):
 
     image (3, 224, 224) uint8, a random crop, flipped or not, or with `crop_min` None the whole
-    picture; label (); weight (); index (); unreadable (), 1 for a black one in its place.
-    """
+    picture; label (); weight (); index (); unreadable (), 1 for a black one in its place."""
 
     tries = 1  # the next picture may have another label
 
@@ -1911,14 +1789,12 @@ class LabelledFaces(Faces):
                     label=torch.tensor(self.labels[index]), index=torch.tensor(index),
                     unreadable=torch.tensor(unreadable))
 
-
 class Head(nn.Linear):
     """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)"""
 
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
             return super().forward(x.float())
-
 
 def run_settings(name: str) -> dict:
     """The settings a run was pre-trained with, and `data_name`; without such a run, its name stands
@@ -1930,11 +1806,9 @@ def run_settings(name: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError):
         return {"data": name, "data_name": name}
 
-
 def with_digest(path: Path) -> str:
     """A file's path and the beginning of its SHA-256."""
     return f"{path} ({hashlib.sha256(path.read_bytes()).hexdigest()[:12]})"
-
 
 def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[str, dict]:
     """Where the weights come from, and the state of `net` with them. A saved head is matched by
@@ -1977,7 +1851,6 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
         raise Problem(f"{origin} is no {s.arch} ({' '.join(str(error).split())[:150]}); give the "
                       f"--arch that it was trained with.") from None
     return origin, net.state_dict()
-
 
 class Evaluation(Run):
     """One protocol on one dataset: leaves a classifier, PROTOCOL-DATA.pt, and its accuracy,
@@ -2081,14 +1954,12 @@ class Evaluation(Run):
             self.status.say(in_words(result, path))
         return result
 
-
 def summary(confusion: Tensor, classes: list[str]) -> dict:
     """Accuracy over images, per class, and the mean over classes, in percent. (Sec. 4.2)"""
     per_class = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)
     return dict(accuracy=100 * confusion.diag().sum().item() / confusion.sum().item(),
                 mean_accuracy=per_class.mean().item(), images=confusion.sum().item(),
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())
-
 
 def in_words(result: dict, path: Path) -> str:
     """The result as a table for the screen."""
@@ -2100,12 +1971,10 @@ def in_words(result: dict, path: Path) -> str:
         f"last epoch; mean of the classes {result['mean_accuracy']:.2f} %",
         f"{'':{wide}}    right   taken for: " + "  ".join(f"{n[:8]:>8}" for n in right), *rows))
 
-
 def as_linear(s: Settings) -> dict:
     """What --eval alone would have set."""
     return dict(eval="linear", steps=0, oversample=False, labels=Settings.labels,
                 **PROTOCOLS[s.preset]["linear"])
-
 
 def evaluate(s: Settings, world: World) -> dict:
     """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
@@ -2116,16 +1985,13 @@ def evaluate(s: Settings, world: World) -> dict:
         Evaluation(replace(s, **as_linear(s)), world).go()
     return Evaluation(s, world).go()
 
-
 # ================================ Part IV: other rows of the tables =============================
 #
 # Section 4.3 takes parts of SimFLE away (Table 3) or puts another method in BYOL's place (Table 4).
 # Each is one class here, with the interface of what it replaces in Part I, so that the loop and the
 # evaluation need not know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
 
-
 # ===== Table 3: parts taken away =====
-
 
 class GFLAlone(nn.Module):
     """One branch only; I and u are not used. (Table 3 a, Table 1)"""
@@ -2139,7 +2005,6 @@ class GFLAlone(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor, *_: Tensor) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         return report(L_s, L_s=L_s, spread=spread(z1))
-
 
 class DirectSimFLE(GFLAlone):
     """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
@@ -2156,13 +2021,11 @@ class DirectSimFLE(GFLAlone):
         return report(L_s + L_r + self.beta * L_g, L_s=L_s, L_r=L_r, L_g=L_g, spread=spread(z1),
                       D2_between=D2_between, D2_within=D2_within)
 
-
 class RandomMasking(SemanticMasking):
     """Masks at random; interface as `SemanticMasking`, with u (B, 49) for scores. (Table 3 c)
 
     The grouping layer and L_g stay and train each other; nothing else learns from them. The paper
-    counts the same arithmetic for both maskings.
-    """
+    counts the same arithmetic for both maskings."""
 
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -2172,9 +2035,7 @@ class RandomMasking(SemanticMasking):
         a = torch.rand(len(C), self.draws, device=C.device) if u is None else u
         return a, *mask_lowest(a, self.ratio)
 
-
 MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
-
 
 # ===== Table 4: other methods for GFL =====
 #
@@ -2184,24 +2045,20 @@ MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
 # in a queue, SimCLR takes them from the batch, both from all W processes; the caller says how:
 # gather (B, ...) -> (W·B, ...) joins tensors in the order of the ranks.
 
-
 def alone(x: Tensor) -> Tensor:
     """`gather` where there is one process."""
     return x
-
 
 def two_layers(inputs: int, outputs: int) -> nn.Sequential:
     """The head of SimCLR and MoCo v2: without BatchNorm. (Table 4)"""
     return nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(inplace=True),
                          nn.Linear(inputs, outputs))
 
-
 class SimSiam(nn.Module):
     """GFL by SimSiam (Chen and He, 2021). (Table 4)
 
     BYOL without a target: a prediction aims at the online stream's own projection of the other
-    view, held constant. L_s is 1 − cos, averaged over both orders: SimSiam's loss plus 1.
-    """
+    view, held constant. L_s is 1 − cos, averaged over both orders: SimSiam's loss plus 1."""
 
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
@@ -2219,7 +2076,6 @@ class SimSiam(nn.Module):
     def update(self) -> None:
         """There is no target."""
 
-
 class MoCo(nn.Module):
     """GFL by MoCo (He et al., 2020). (Table 4)
 
@@ -2230,8 +2086,7 @@ class MoCo(nn.Module):
 
     deal: v (B, ...) -> as many images of all processes, mixed, and a function that puts what was
     computed of them back in place. That is shuffling BatchNorm: a query would know its key by the
-    statistics of the batch that both were normalised with. One process has none to mix with.
-    """
+    statistics of the batch that both were normalised with. One process has none to mix with."""
 
     def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128,
                  queue: int = 65_536, t: float = 0.07, tau: float = 0.999, gather=alone,
@@ -2268,25 +2123,21 @@ class MoCo(nn.Module):
         self.queue[place[-size:] % size] = keys[-size:]  # round and round, whatever the batch
         self.next.copy_((self.next + len(keys)) % size)
 
-
 def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
     """SimCLR's loss: every view must find its other one among all 2B − 1. (Table 4)
 
-    z1, z2: (B, 128), row i of both of one face. Returns (): averaged over the 2B views.
-    """
+    z1, z2: (B, 128), row i of both of one face. Returns (): averaged over the 2B views."""
     with full_precision(z1):
         z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         other = torch.arange(len(z), device=z.device).roll(len(z1))
         return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
 
-
 class SimCLR(nn.Module):
     """GFL by SimCLR (Chen et al., 2020). (Table 4)
 
     Every process computes the loss of the whole batch. Through `gather` each gets the gradient of
-    all these equal losses, W times that of one; DistributedDataParallel divides it by W again.
-    """
+    all these equal losses, W times that of one; DistributedDataParallel divides it by W again."""
 
     def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1, gather=alone):
         super().__init__()
@@ -2298,7 +2149,6 @@ class SimCLR(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
         return nt_xent(self.gather(z1), self.gather(z2), self.t), [h1, h2], z1
-
 
 # How each is built from the settings. SimSiam's 2048 and 512 are a half and an eighth of `hidden`,
 # the others' 128 a half of `outputs`: so they shrink with the laptop preset.
@@ -2312,30 +2162,25 @@ GFLS = {
     "simclr": lambda s, backbone, gather, deal: SimCLR(backbone, s.outputs // 2, 0.1, gather),
 }
 
-
 # ================================ Part V: figures ================================
 #
 # The paper's figures of a run; with `--init random` its masks and reconstructions before training.
 # They show pictures of val/, or where there is none, of the folder.
 
-
 # ===== 4.4 Drawing =====
 
 GAP, LINE = 6, 18  # pixels between cells, and of a line of text
-
 
 def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la",
           colour: str = "black") -> None:
     """Text at a place; anchor as in Pillow."""
     ImageDraw.Draw(picture).text((x, y), text, colour, ImageFont.load_default(size), anchor)
 
-
 def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Image:
     """(h, w) numbers as a picture of squares: dark blue is low or NaN, yellow is high. (ours)"""
     share = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
     picture = ImageOps.colorize(TF.to_pil_image(share), "#28145a", "#fae63c", mid="#28968c")
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
 
 def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image.Image:
     """A face (3, H, W) in [0, 1], under its attention (H, W), over two lines of text if any."""
@@ -2346,7 +2191,6 @@ def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image
         face = ImageOps.expand(face, (0, 0, 0, 2 * LINE), "white")
         write(face, 0, 114, text, 12)
     return face
-
 
 def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
           columns: list[str] = (), note: str = "") -> Image.Image:
@@ -2367,7 +2211,6 @@ def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
             picture.paste(one, (round(left) + c * (w + GAP), top + r * (h + GAP)))
     return picture
 
-
 def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
     """A curve through points (x, y) at equal distances; what is not finite is left out."""
     points = [p for p in points if math.isfinite(p[1])] or [(0, 0.0)]
@@ -2387,15 +2230,12 @@ def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], "#1f5fa8")
     return picture
 
-
 def read_faces(paths: list[str], size: int) -> Tensor:
     """Pictures as (B, 3, size, size) in [0, 1]; black where one cannot be read."""
     faces = LabelledFaces(paths, [0] * len(paths), size, None, 0)
     return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(paths))]) / 255
 
-
 # ===== 4.4 Masks and reconstructions =====
-
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor, Tensor]:
@@ -2403,8 +2243,7 @@ def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor
     what the autoencoder makes of that, with the visible patches pasted back. (Fig. 4)
 
     Where pixels were normalised patch by patch, each patch gets the original's mean and deviation
-    back: the network has guessed the pattern, not the light.
-    """
+    back: the network has guessed the pattern, not the light."""
     ffl, mae = model.ffl, model.ffl.mae
     I = normalise(x, colours)
     _, keep, mask = ffl.masking(ffl.grouping(model.backbone(I)[0]), u)
@@ -2417,7 +2256,6 @@ def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor
     back = [-m / d for m, d in zip(*colours)], [1 / d for d in colours[1]]  # undoes `colours`
     return (mae.unpatchify(torch.where(masked, 0.5, mae.patchify(x))),
             normalise(whole, back).clamp(0, 1))
-
 
 def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
     """Three faces masked eight times each, and eight with their reconstructions. (Fig. 4 a, b)"""
@@ -2436,7 +2274,6 @@ def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image
                                      ["original", "masked", "reconstructed"],
                                      note="Visible patches are pasted back." + light)}
 
-
 def figure_refinement(records: list[dict]) -> Image.Image | None:
     """Reconstruction error and keep frequency over the epochs that the log holds. (Fig. 3)"""
     if not (records := [r for r in records if "refinement" in r]):
@@ -2452,21 +2289,17 @@ def figure_refinement(records: list[dict]) -> Image.Image | None:
     return sheet("Does the masking keep what is hard? (Fig. 3)", rows, names,
                  [f"epoch {r['epoch']}" for r in few])
 
-
 # ===== 4.4 Attention =====
-
 
 def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
     """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM)
 
     A (B, c', h, w): the last map; gradient (B, c'): of the class's logit with respect to A, summed
     over its positions. Behind a mean and a linear layer that is the layer's row of the class.
-    Returns (B, size, size) from 0 to 1; what speaks against the class is cut off.
-    """
+    Returns (B, size, size) from 0 to 1; what speaks against the class is cut off."""
     cam = torch.einsum("bk,bkhw->bhw", gradient, A).relu()[:, None]
     cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]
     return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-
 
 def classifier(path: Path):
     """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
@@ -2491,7 +2324,6 @@ def classifier(path: Path):
                 grad_cam(A, net.fc.weight[label], saved["size"]))
     return look
 
-
 def find_classifier(s: Settings, name: str) -> Path | None:
     """--init for the run itself; else a run's own: of this data before others, linear first."""
     if name == s.name and s.init:
@@ -2503,7 +2335,6 @@ def find_classifier(s: Settings, name: str) -> Path | None:
             found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
                           path.with_name(path.stem.removeprefix("eval-") + ".pt")))
     return min(found)[2] if found else None
-
 
 def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Image:
     """Grad-CAM for some pictures, a row for each run. (Figs. 1, 6, 8)"""
@@ -2517,9 +2348,7 @@ def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Im
                  note="Yellow speaks most for the class it was taken for, dark blue not at all; "
                       "each picture has its own scale.")
 
-
 # ===== 4.4 Numbers =====
-
 
 def figure_confusion(result: dict, name: str) -> Image.Image:
     """Rows are what pictures are, columns what they were taken for, in percent. (Fig. 7)"""
@@ -2534,7 +2363,6 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
                  note=f"accuracy {result['accuracy']:.2f} %, mean of the classes "
                       f"{result['mean_accuracy']:.2f} %, {result['images']} images")
 
-
 def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     """Linear accuracy against α or β: for each value the mean over the runs that were pre-trained
     as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
@@ -2547,7 +2375,6 @@ def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
     return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
 
-
 def figure_curves(records: list[dict]) -> Image.Image | None:
     """What the log holds, over the steps, and the refinement's correlations, over the epochs."""
     curves = defaultdict(list)
@@ -2559,9 +2386,7 @@ def figure_curves(records: list[dict]) -> Image.Image | None:
     plots = [plot(*one) for one in curves.items()]
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
-
 # ===== 4.4 All of them =====
-
 
 def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
     """Pictures with their classes from val/, class after class in turn; else any, with None."""
@@ -2574,7 +2399,6 @@ def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
     turns = [[i for i in order if labels[i] == k] for k in range(len(classes))]
     chosen = [i for turn in zip_longest(*turns) for i in turn if i is not None]
     return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
-
 
 def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
     """Names and pictures of all that there is to draw; None for what there is too little of."""
@@ -2612,7 +2436,6 @@ def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
         if wrong := list(islice(wrong, 8)):
             yield "mistakes", figure_attention("Taken for another class (Fig. 8 b)", looks, wrong)
 
-
 def draw_figures(s: Settings) -> None:
     """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
     folder, own, records = Path("runs", s.name), run_settings(s.name), []
@@ -2635,9 +2458,7 @@ def draw_figures(s: Settings) -> None:
             write_whole(path, lambda file: picture.save(file, "PNG"))
             print(path)
 
-
 # ================================ Benchmark ================================
-
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
@@ -2649,7 +2470,6 @@ def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
     yield
     wait()
     seconds[name].append(time.perf_counter() - start)
-
 
 def loader_rates(run: Run, seconds: float) -> dict[int, float]:
     """Images a second that loading processes hand over, by their number: 1, 2, 4 to all cores."""
@@ -2667,7 +2487,6 @@ def loader_rates(run: Run, seconds: float) -> dict[int, float]:
         del loading
     return rates
 
-
 def arithmetic_peak(device: torch.device) -> float:
     """Multiply-adds a second of a large matrix product, in the precision of the training."""
     kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
@@ -2677,13 +2496,11 @@ def arithmetic_peak(device: torch.device) -> float:
             a @ a
     return n**3 / min(seconds["product"])
 
-
 def benchmark(s: Settings, world: World) -> None:
     """Prints what loader and step do in a second, part by part. Trains nothing, keeps nothing.
 
     Means of as many steps as fit five seconds, the first left out: whole steps as in training, then
-    their parts, the device waited for before and after each.
-    """
+    their parts, the device waited for before and after each."""
     run = Pretraining(replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0), world)
     batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
     model, seconds, cuda = run.model.train(), defaultdict(list), world.device.type == "cuda"
@@ -2736,9 +2553,7 @@ def benchmark(s: Settings, world: World) -> None:
         run.lock.close()
         shutil.rmtree(run.folder)
 
-
 # ================================ main ================================
-
 
 def run(orders: dict) -> None:
     """Decides what to do; the only place that does. Raises Problem."""
@@ -2756,7 +2571,6 @@ def run(orders: dict) -> None:
             if s.data == "toy":
                 compare_with_untrained(s, world)
 
-
 def compare_with_untrained(s: Settings, world: World) -> None:
     """The demo's end: linear evaluation of the untrained and the trained backbone, figures."""
     results = []
@@ -2768,7 +2582,6 @@ def compare_with_untrained(s: Settings, world: World) -> None:
         print(f"Linear accuracy on {results[1]['images']} held-out toy faces of "
               f"{len(results[1]['per_class'])} expressions: {untrained:.1f} % with the untrained "
               f"backbone, {trained:.1f} % with the trained one.")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 after a Problem, 143 when stopped, 130 after a Ctrl-C; 1 when
@@ -2791,7 +2604,6 @@ def main(argv: list[str] | None = None) -> int:
               f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
