@@ -2180,7 +2180,7 @@ def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Imag
     """(h, w) numbers as a picture of squares: dark blue is low or NaN, yellow is high. (ours)"""
     share = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
     picture = ImageOps.colorize(TF.to_pil_image(share), "#28145a", "#fae63c", mid="#28968c")
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
 
 def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image.Image:
     """A face (3, H, W) in [0, 1], under its attention (H, W), over two lines of text if any."""
@@ -2195,39 +2195,39 @@ def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image
 def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
           columns: list[str] = (), note: str = "") -> Image.Image:
     """Pictures of one size in rows with names, columns with names, and a note."""
-    draw, (w, h) = ImageDraw.Draw(Image.new("RGB", (1, 1))), rows[0][0].size
-    length = [max((draw.textbbox((0, 0), t, font=ImageFont.load_default(size))[2] for t in texts),
-                  default=0) + 2 * GAP for size, texts in ((13, names), (17, (title, note)))]
-    left, top, bottom = length[0], (2 + bool(columns)) * LINE, 2 * LINE * bool(note)
-    wide = round(max(left + max(map(len, rows)) * (w + GAP), length[1]))
-    picture = Image.new("RGB", (wide, top + len(rows) * (h + GAP) + bottom), "white")
+    draw, (w, h), top = ImageDraw.Draw(rows[0][0]), rows[0][0].size, (2 + bool(columns)) * LINE
+    left, wide = (round(2 * GAP + draw.textbbox((0, 0), "\n".join(lines),
+                                                ImageFont.load_default(size))[2])
+                  for lines, size in ((names, 13), ((title, note), 17)))
+    picture = Image.new("RGB", (max(left + max(map(len, rows)) * (w + GAP), wide),
+                                top + len(rows) * (h + GAP) + 2 * LINE * bool(note)), "white")
     write(picture, GAP, GAP, title, 17)
     write(picture, GAP, picture.height - LINE, note, 12)
     for c, name in enumerate(columns):
         write(picture, left + c * (w + GAP) + w / 2, top - LINE, name, 12, "ma")
-    for r, row in enumerate(rows):
-        write(picture, GAP, top + r * (h + GAP) + h / 2, "".join(names[r:r + 1]), anchor="lm")
+    for r, (row, name) in enumerate(zip_longest(rows, names, fillvalue="")):
+        write(picture, GAP, top + r * (h + GAP) + h / 2, name, anchor="lm")
         for c, one in enumerate(row):
-            picture.paste(one, (round(left) + c * (w + GAP), top + r * (h + GAP)))
+            picture.paste(one, (left + c * (w + GAP), top + r * (h + GAP)))
     return picture
 
 def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
     """A curve through points (x, y) at equal distances; what is not finite is left out."""
-    points = [p for p in points if math.isfinite(p[1])] or [(0, 0.0)]
-    last, low, high = len(points) - 1, min(y for _, y in points), max(y for _, y in points)
-    at = [(70 + 320 * i / max(1, last), 160 - 120 * (y - low) / (high - low or 1))
-          for i, (_, y) in enumerate(points)]
+    x, y = zip(*[p for p in points if math.isfinite(p[1])] or [(0, 0.0)])
+    last, low, high = len(x) - 1, min(y), max(y)
+    at = [(70 + 320 * i / max(1, last), 160 - 120 * (v - low) / (high - low or 1))
+          for i, v in enumerate(y)]
     picture = Image.new("RGB", (420, 190), "white")
     draw = ImageDraw.Draw(picture)
     write(picture, GAP, GAP, title, 14)
     for k in range(5):
-        i, y = round(k / 4 * last), 160 - 30 * k
-        draw.line([(70, y), (390, y)], "#dddddd")
-        write(picture, 65, y, f"{low + k / 4 * (high - low):.4g}", 12, "rm")
-        write(picture, at[i][0], 165, f"{points[i][0]:,}", 12, "ma")
+        i, height = round(k / 4 * last), 160 - 30 * k
+        draw.line([(70, height), (390, height)], "#dddddd")
+        write(picture, 65, height, f"{low + k / 4 * (high - low):.4g}", 12, "rm")
+        write(picture, at[i][0], 165, f"{x[i]:,}", 12, "ma")
     draw.line(at, "#1f5fa8", 2)
-    for x, y in at if last < 20 else ():
-        draw.ellipse([x - 3, y - 3, x + 3, y + 3], "#1f5fa8")
+    for point in at if last < 20 else ():
+        draw.regular_polygon((point, 4), 16, fill="#1f5fa8")
     return picture
 
 def read_faces(paths: list[str], size: int) -> Tensor:
@@ -2240,37 +2240,35 @@ def read_faces(paths: list[str], size: int) -> Tensor:
 @torch.no_grad()
 def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor, Tensor]:
     """x (B, 3, 112, 112) in [0, 1], u as in `SemanticMasking` -> x with the masked patches grey;
-    what the autoencoder makes of that, with the visible patches pasted back. (Fig. 4)
-
-    Where pixels were normalised patch by patch, each patch gets the original's mean and deviation
-    back: the network has guessed the pattern, not the light."""
-    ffl, mae = model.ffl, model.ffl.mae
-    I = normalise(x, colours)
+    what the autoencoder makes of that, the visible patches pasted back. (Fig. 4) With `norm_pix`
+    it guesses a patch's pattern, not its light: mean and deviation are the original's."""
+    ffl, mae, I = model.ffl, model.ffl.mae, normalise(x, colours)
     _, keep, mask = ffl.masking(ffl.grouping(model.backbone(I)[0]), u)
     masked, patches = mask[:, :, None] > 0, mae.patchify(I)
     guess = mae.decode(mae.encode(patches, keep), keep)
     if mae.norm_pix:
         var, mean = torch.var_mean(patches, dim=2, keepdim=True)
         guess = guess * (var + PIXEL_EPS).sqrt() + mean
-    whole = mae.unpatchify(torch.where(masked, guess, patches))
-    back = [-m / d for m, d in zip(*colours)], [1 / d for d in colours[1]]  # undoes `colours`
-    return (mae.unpatchify(torch.where(masked, 0.5, mae.patchify(x))),
-            normalise(whole, back).clamp(0, 1))
+    mean, std = (torch.tensor(c)[:, None, None] for c in colours)
+    whole = mae.unpatchify(torch.where(masked, guess, patches)) * std + mean
+    return mae.unpatchify(torch.where(masked, 0.5, mae.patchify(x))), whole.clamp(0, 1)
 
 def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
     """Three faces masked eight times each, and eight with their reconstructions. (Fig. 4 a, b)"""
     # Semantic masking takes its group from the first number, random masking its scores from all.
     u = torch.rand(8, model.ffl.mae.grid**2, generator=stream_of("figures"))
     u[:, 0] = torch.arange(8) / 8
-    rows = [[cell(p) for p in (face, *reconstruct(model, face.expand(8, -1, -1, -1), u,
-                                                  colours)[0])] for face in x[:3]]
-    below = [[cell(p) for p in row] for row in (x, *reconstruct(model, x, u[:len(x)], colours))]
-    names = (["one draw"] * 8 if model.ffl.masking.draws > 1 else
-             [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()])
+    above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), u, colours)[0])
+             for face in x[:3]]
+    below = [x, *reconstruct(model, x, u[:len(x)], colours)]
+    groups = [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()]
     light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
-    return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)", rows,
-                           columns=["original", *names], note="Grey patches are masked."),
-            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
+    return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)",
+                           [[cell(p) for p in row] for row in above], note="Grey patches are "
+                           "masked.", columns=["original", *(
+                               ["one draw"] * 8 if model.ffl.masking.draws > 1 else groups)]),
+            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)",
+                                     [[cell(p) for p in row] for row in below],
                                      ["original", "masked", "reconstructed"],
                                      note="Visible patches are pasted back." + light)}
 
@@ -2282,9 +2280,8 @@ def figure_refinement(records: list[dict]) -> Image.Image | None:
     rows, names = [], []
     for key, name in (("error_map", "error under random masks"), ("keep_map", "share kept")):
         maps = torch.tensor([r["refinement"][key] for r in few])
-        maps = rearrange(maps, "n (h w) -> n h w", h=math.isqrt(maps.shape[1]))
-        low, high = maps.min().item(), maps.max().item()
-        rows.append([heat(m, low, high) for m in maps])
+        side, low, high = math.isqrt(maps.shape[1]), maps.min().item(), maps.max().item()
+        rows.append([heat(m.reshape(side, side), low, high) for m in maps])
         names.append(f"{name}\ndark blue: {low:.3g}\nyellow: {high:.3g}")
     return sheet("Does the masking keep what is hard? (Fig. 3)", rows, names,
                  [f"epoch {r['epoch']}" for r in few])
@@ -2292,11 +2289,9 @@ def figure_refinement(records: list[dict]) -> Image.Image | None:
 # ===== 4.4 Attention =====
 
 def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
-    """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM)
-
-    A (B, c', h, w): the last map; gradient (B, c'): of the class's logit with respect to A, summed
-    over its positions. Behind a mean and a linear layer that is the layer's row of the class.
-    Returns (B, size, size) from 0 to 1; what speaks against the class is cut off."""
+    """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM) A (B, c', h, w): the last map;
+    gradient (B, c'): of the class's logit, summed over A's positions; behind a mean and a linear
+    layer, the layer's row of the class. Returns (B, size, size) from 0 to 1."""
     cam = torch.einsum("bk,bkhw->bhw", gradient, A).relu()[:, None]
     cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]
     return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
@@ -2310,17 +2305,16 @@ def classifier(path: Path):
     saved = load_file(path)
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
         raise Problem(f"{path} is no classifier of --eval; give one with --init.")
-    net = RESNETS[saved["arch"]]()
+    net = RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     net.load_state_dict(saved["model"])
-    net.eval()
 
     @torch.no_grad()
     def look(paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
         x = read_faces(paths, saved["size"])
         A = feature_map(net, normalise(x, (saved["mean"], saved["std"])))
         label = net.fc(A.mean(dim=(2, 3))).argmax(dim=1)
-        return (x, [saved["classes"][k] for k in label.tolist()],
+        return (x, [saved["classes"][k] for k in label],
                 grad_cam(A, net.fc.weight[label], saved["size"]))
     return look
 
@@ -2329,31 +2323,26 @@ def find_classifier(s: Settings, name: str) -> Path | None:
     if name == s.name and s.init:
         return Path(s.init)
     data, found = Path(s.data).resolve().name, []
-    for path in sorted(Path("runs", name).glob("eval-*.json")):
+    for path in Path("runs", name).glob("eval-*.json"):
         made = json.loads(path.read_bytes())["settings"]
         if Path(made["init"] or path).resolve().parent == path.parent.resolve():  # no other net's
             found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
-                          path.with_name(path.stem.removeprefix("eval-") + ".pt")))
-    return min(found)[2] if found else None
+                          path.name, path.with_name(path.stem.removeprefix("eval-") + ".pt")))
+    return min(found, default=[None])[-1]
 
 def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Image:
-    """Grad-CAM for some pictures, a row for each run. (Figs. 1, 6, 8)"""
-    paths, rows = [p for p, _ in pictures], []
-    for look in looks.values():
-        x, guesses, cams = look(paths)
-        rows = rows or [[cell(face, text=f"is\n{true}" if true else "")
-                         for face, (_, true) in zip(x, pictures)]]
-        rows.append([cell(*one) for one in zip(x, cams, (f"taken for\n{g}" for g in guesses))])
+    """Grad-CAM for some pictures (path, class or None), a row for each run. (Figs. 1, 6, 8)"""
+    paths, classes = zip(*pictures)
+    seen = [look(paths) for look in looks.values()]
+    rows = [[cell(x, text=f"is\n{true}" if true else "") for x, true in zip(seen[0][0], classes)]]
+    rows += [[cell(x, cam, f"taken for\n{guess}") for x, guess, cam in zip(*one)] for one in seen]
     return sheet(title, rows, ["picture", *looks],
                  note="Yellow speaks most for the class it was taken for, dark blue not at all; "
                       "each picture has its own scale.")
 
-# ===== 4.4 Numbers =====
-
 def figure_confusion(result: dict, name: str) -> Image.Image:
     """Rows are what pictures are, columns what they were taken for, in percent. (Fig. 7)"""
-    counts, names = torch.tensor(result["confusion"]).float(), list(result["per_class"])
-    rows = []
+    counts, names, rows = torch.tensor(result["confusion"]).float(), list(result["per_class"]), []
     for row in 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1):
         rows.append([heat(v.reshape(1, 1), 0, 100, 84) for v in row])
         for one, v in zip(rows[-1], row.tolist()):
@@ -2366,11 +2355,10 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
 def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     """Linear accuracy against α or β: for each value the mean over the runs that were pre-trained
     as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
-    points = defaultdict(list)
+    points, same = defaultdict(list), own.keys() - FREE - {key, "seed", "data"}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = run_settings(path.parent.name)
-        if all(settings.get(k) == v for k, v in own.items()
-               if k not in FREE | {key, "seed", "data"}):
+        if all(settings.get(k) == own[k] for k in same):
             points[settings.get(key)].append(json.loads(path.read_bytes())["accuracy"])
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
     return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
@@ -2391,18 +2379,18 @@ def figure_curves(records: list[dict]) -> Image.Image | None:
 def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
     """Pictures with their classes from val/, class after class in turn; else any, with None."""
     folder = find_data(s.data)
-    val = folder / "val" if (folder / "val").is_dir() else folder
-    if val == folder or not class_folders(val):
-        return [(p, None) for p in find_pictures(val)[:count]]
+    val = folder / "val"
+    if not val.is_dir() or not class_folders(val):
+        return [(p, None) for p in find_pictures(val if val.is_dir() else folder)[:count]]
     classes, paths, labels = labelled_pictures(val)
     order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
-    turns = [[i for i in order if labels[i] == k] for k in range(len(classes))]
-    chosen = [i for turn in zip_longest(*turns) for i in turn if i is not None]
+    turns = zip_longest(*([i for i in order if labels[i] == k] for k in range(len(classes))))
+    chosen = [i for turn in turns for i in turn if i is not None]
     return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
 
 def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
     """Names and pictures of all that there is to draw; None for what there is too little of."""
-    known = {f.name for f in fields(Settings)} - {"data", "name"}
+    known, data = asdict(s).keys() - {"data", "name"}, Path(s.data).resolve().name
     model = build_model(replace(s, **{k: v for k, v in own.items() if k in known})).eval()
     if records:
         yield "curves", figure_curves(records)
@@ -2410,8 +2398,7 @@ def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
         for path in sorted(folder.glob("eval-*.json")):
             name = path.stem.removeprefix("eval-")
             yield f"confusion-{name}", figure_confusion(json.loads(path.read_bytes()), name)
-        for key in ("alpha", "beta"):
-            yield key, figure_sweep(key, own, Path(s.data).resolve().name)
+        yield from ((key, figure_sweep(key, own, data)) for key in ("alpha", "beta"))
         path = folder / "checkpoint.pt"
         if not path.exists():
             raise Problem(f"{path} is not written yet, at the end of the first epoch it will be; "
@@ -2420,8 +2407,8 @@ def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
     pictures, looks = some_pictures(s, 512), {}
     if model.ffl is not None:
         x = read_faces([p for p, _ in pictures[:8]], model.ffl.masking.image_size)
-        yield from figures_masks(model, x, own.get("colours")
-                                 or colours_of(find_data(s.data))).items()
+        colours = own.get("colours") or colours_of(find_data(s.data))
+        yield from figures_masks(model, x, colours).items()
     for name in (s.name, *s.compare) if records else ():
         if path := find_classifier(s, name):
             looks[f"{name}\n{path.stem}"] = classifier(path)
@@ -2429,9 +2416,8 @@ def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
             print(f"runs/{name} has no classifier, so its attention is not drawn; make one with "
                   f"--eval.")
     if looks:
-        yield "attention", figure_attention("Where the classifier looks (Figs. 1, 6, 8)", looks,
-                                            pictures[:8])
-        look = next(iter(looks.values()))  # the run's own, where it has one
+        title, look = "Where the classifier looks (Figs. 1, 6, 8)", next(iter(looks.values()))
+        yield "attention", figure_attention(title, looks, pictures[:8])
         wrong = ((path, true) for path, true in pictures if true and look([path])[1] != [true])
         if wrong := list(islice(wrong, 8)):
             yield "mistakes", figure_attention("Taken for another class (Fig. 8 b)", looks, wrong)
@@ -2445,9 +2431,8 @@ def draw_figures(s: Settings) -> None:
             there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
             raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose "
                           f"one with --name, or draw an untrained net with --init random.")
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the run may be writing its last line
-                records.append(json.loads(line))
+        lines = (folder / "log.jsonl").read_text().split("\n")
+        records = [json.loads(line) for line in lines[:-1]]  # the run may be writing the last
         state, suffix = f"epoch {max(r.get('epoch', 0) for r in records)}", ""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in figures_of(s, folder, own, records):
@@ -2477,8 +2462,7 @@ def loader_rates(run: Run, seconds: float) -> dict[int, float]:
     for workers in sorted({min(2**i, run.cores()) for i in range(12)}):
         run.s = replace(run.s, workers=workers)
         loading, images, spent = iter(run.loader(run.faces, run.batches)), 0, 0.0
-        for _ in islice(loading, 4 * workers):  # what may stand ready before the clock starts
-            pass
+        list(islice(loading, 4 * workers))  # what may stand ready before the clock starts
         start = time.perf_counter()
         while spent < seconds:  # whole rounds: the batches of one come almost at once
             images += sum(len(batch["index"]) for batch in islice(loading, workers))
@@ -2486,15 +2470,6 @@ def loader_rates(run: Run, seconds: float) -> dict[int, float]:
         rates[workers] = images / spent
         del loading
     return rates
-
-def arithmetic_peak(device: torch.device) -> float:
-    """Multiply-adds a second of a large matrix product, in the precision of the training."""
-    kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
-    a, seconds = torch.randn(n, n, device=device, dtype=kind), defaultdict(list)
-    for _ in range(20):
-        with timed(seconds, device, "product"):
-            a @ a
-    return n**3 / min(seconds["product"])
 
 def benchmark(s: Settings, world: World) -> None:
     """Prints what loader and step do in a second, part by part. Trains nothing, keeps nothing.
@@ -2504,16 +2479,16 @@ def benchmark(s: Settings, world: World) -> None:
     run = Pretraining(replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0), world)
     batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
     model, seconds, cuda = run.model.train(), defaultdict(list), world.device.type == "cuda"
-    clock = partial(timed, seconds, world.device)
+    clock, take = partial(timed, seconds, world.device), partial(run.step, batch, (0, 0), 0.0)
     with FlopCounterMode(display=False) as counter:  # without --compile; so once more, with it
-        run.step(batch, (0, 0), 0.0)
-    run.step(batch, (0, 0), 0.0)
+        take()
+    take()
     with clock("trial"):
-        run.step(batch, (0, 0), 0.0)
+        take()
     steps = agree(world, lambda: max(3, int(5 / seconds["trial"][0])))  # the same for all processes
     with clock("whole"):
         for _ in range(steps):
-            run.step(batch, (0, 0), 0.0)
+            take()
     step = seconds["whole"][0] / steps
     for name, module in (("target", getattr(model.gfl, "target", None)), ("FaceMAE", model.ffl)):
         if module is not None:
@@ -2537,13 +2512,19 @@ def benchmark(s: Settings, world: World) -> None:
         memory = (torch.cuda.max_memory_allocated() if cuda else math.nan if resource is None else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                   * (1 if sys.platform == "darwin" else 1024))
-        peak = arithmetic_peak(world.device)
+        parts = {f"  {part}": 1000 * sum(v) / steps for part, v in seconds.items()}
+        kind, n = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
+        a = torch.randn(n, n, device=world.device, dtype=kind)
+        for _ in range(20):
+            with clock("product"):
+                a @ a
+        peak = n**3 / min(seconds["product"])  # multiply-adds a second, in training's precision
         name = torch.cuda.get_device_name() if cuda else f"{run.cores()} CPU cores"
         print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
               f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
         rows = [(f"loader, {n} loading", v, "images/s") for n, v in loader_rates(run, 5).items()]
         rows += [("step", images / step, "images/s"), ("step", 1000 * step, "ms")]
-        rows += [("  " + part, 1000 * sum(v) / steps, "ms") for part, v in seconds.items()]
+        rows += [(part, v, "ms") for part, v in parts.items()]
         rows += [("memory of a process", memory / 2**30, "GB at most"),
                  ("arithmetic", macs / run.share / 1e9, "G multiply-adds an image, both ways"),
                  ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s "
