@@ -2226,8 +2226,8 @@ def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
         write(picture, 65, height, f"{low + k / 4 * (high - low):.4g}", 12, "rm")
         write(picture, at[i][0], 165, f"{x[i]:,}", 12, "ma")
     draw.line(at, "#1f5fa8", 2)
-    for point in at if last < 20 else ():
-        draw.regular_polygon((point, 4), 16, fill="#1f5fa8")
+    for u, v in at if last < 20 else ():
+        draw.ellipse([u - 3, v - 3, u + 3, v + 3], "#1f5fa8")
     return picture
 
 def read_faces(paths: list[str], size: int) -> Tensor:
