@@ -1734,13 +1734,12 @@ class Pretraining(Run):
 
 # ================================ Part III: evaluation ================================
 #
-# Supplement B. Of SimFLE only the backbone is left, with a linear layer on top: a plain torchvision
-# ResNet. Four protocols by three names differ in what is trained, from what, and how.
+# Supplement B. Only the backbone is left, with a linear layer on top: a torchvision ResNet.
 #
-#     linear      B.1        the layer alone; backbone frozen, BatchNorm statistics included
-#     semi        B.2        everything, on a share of the labels
-#     finetune    B.3, B.4   everything, from the linear result: on the run's own data B.3, on other
-#                            data, with the classes that the linear result has, B.4
+#     linear      B.1        trains the layer alone; backbone and BatchNorm statistics are frozen
+#     semi        B.2        trains everything, on a share of the labels
+#     finetune    B.3, B.4   trains everything, from the linear result of the run's own data, on
+#                            that data (B.3) or on other data with the same classes (B.4)
 
 def class_folders(folder: Path) -> list[str]:
     """The classes of a split: the names of its folders, sorted. Raises Problem."""
@@ -1766,15 +1765,12 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     return sorted(chosen)
 
 class LabelledFaces(Faces):
-    """Pictures with labels. faces[epoch, index, weight] -> a dict of tensors (Sec. B):
+    """Pictures with labels. faces[epoch, index, weight] -> a dict of scalars and image (3, 224,
+    224) uint8: a random crop, flipped or not; with `crop_min` None the whole picture. (Sec. B)"""
 
-    image (3, 224, 224) uint8, a random crop, flipped or not, or with `crop_min` None the whole
-    picture; label (); weight (); index (); unreadable (), 1 for a black one in its place."""
+    tries = 1  # the next picture may have another label: a black one takes its place
 
-    tries = 1  # the next picture may have another label
-
-    def __init__(self, paths: list[str], labels: list[int], size: int, crop_min: float | None,
-                 seed: int):
+    def __init__(self, paths: list[str], labels: list[int], size: int, crop_min, seed: int):
         super().__init__(paths, size, size, crop_min, seed)
         self.labels = labels
 
@@ -1785,9 +1781,9 @@ class LabelledFaces(Faces):
         if self.crop_min is not None:
             (box,), flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
         image = TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size))
-        return dict(image=image.flip(2) if flip > 0.5 else image, weight=torch.tensor(weight),
-                    label=torch.tensor(self.labels[index]), index=torch.tensor(index),
-                    unreadable=torch.tensor(unreadable))
+        scalars = dict(weight=weight, label=self.labels[index], index=index, unreadable=unreadable)
+        return {k: torch.tensor(v) for k, v in scalars.items()} | {
+            "image": image.flip(2) if flip > 0.5 else image}
 
 class Head(nn.Linear):
     """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)"""
@@ -1797,8 +1793,7 @@ class Head(nn.Linear):
             return super().forward(x.float())
 
 def run_settings(name: str) -> dict:
-    """The settings a run was pre-trained with, and `data_name`; without such a run, its name stands
-    for the data."""
+    """A run's settings and its `data_name`; without such a run, its name stands for the data."""
     try:
         with open(Path("runs", name, "log.jsonl")) as log:
             settings = json.loads(log.readline())["settings"]
@@ -1813,18 +1808,17 @@ def with_digest(path: Path) -> str:
 def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[str, dict]:
     """Where the weights come from, and the state of `net` with them. A saved head is matched by
     class names; without one, `net` keeps its random head. (Sec. B) Raises Problem."""
-    run, tune, origin = run_settings(s.name), s.eval == "finetune", s.init
-    if s.init == "random" and not tune:
-        return origin, net.state_dict()
-    if s.init == "random":
-        saved = {}
-    elif s.init == "imagenet":
+    run, tune, origin, saved = run_settings(s.name), s.eval == "finetune", s.init, net.state_dict()
+    if s.init == "imagenet":
+        if s.arch not in torchvision.models.list_models():
+            raise Problem(f"torchvision has no ImageNet weights for --arch {s.arch}; give another "
+                          f"--arch or another --init.")
         try:
             saved = torchvision.models.get_model(s.arch, weights="IMAGENET1K_V1").state_dict()
-        except Exception as error:  # no such weights, no network, no space
+        except Exception as error:  # no network, no space
             raise Problem(f"ImageNet weights for {s.arch} could not be had ({error}); download "
                           f"them to torch's hub folder, or give another --init.") from None
-    else:
+    elif s.init != "random":
         own = Path("runs", s.name, f"linear-{run['data_name']}.pt" if tune else "backbone.pt")
         path, backbone = Path(s.init or own), own.with_name("backbone.pt")
         if not path.exists():
@@ -1857,9 +1851,9 @@ class Evaluation(Run):
     eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B)"""
 
     shown, partial = ("loss", "accuracy"), True
-    ignored = frozenset(("ffl_size", "hidden", "outputs", "gfl", "ffl", "connection", "queue",
-                         "tau", "groups", "grouping", "mask_ratio", "mask_gradient", "patch", "vit",
-                         "norm_pix", "alpha", "beta", "temperature", "sync_bn"))
+    ignored = frozenset(
+        "ffl_size hidden outputs gfl ffl connection queue tau groups grouping mask_ratio "
+        "mask_gradient patch vit norm_pix alpha beta temperature sync_bn".split())
 
     def __init__(self, s: Settings, world: World):
         folder, self.frozen = find_data(s.data), s.eval == "linear"
@@ -1868,6 +1862,8 @@ class Evaluation(Run):
         if val_classes != self.classes:
             raise Problem(f"{folder}/train has the classes {', '.join(self.classes)}, but val has "
                           f"{', '.join(val_classes)}; both need the same.")
+        if s.arch not in RESNETS:  # a run of someone's own network, in a program without it
+            raise Problem(f"{s.arch} is not in RESNETS; add it as for training, or give --arch.")
         if s.eval == "semi":
             chosen = share_of_labels(labels, s.labels, s.seed)
             paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
@@ -1907,8 +1903,7 @@ class Evaluation(Run):
         return 1.0 if self.frozen else super().schedule(progress)
 
     def epoch_ends(self, epoch: int, step: int) -> None:
-        # B.1's trap: nothing but the head may have moved, no statistics either.
-        now = self.model.state_dict()
+        now = self.model.state_dict()  # B.1's trap: statistics may not have moved either
         moved = [k for k, v in self.before.items() if not torch.equal(v, now[k])]
         assert not moved, f"a frozen backbone has changed: {moved[:3]}"
 
@@ -1916,17 +1911,16 @@ class Evaluation(Run):
     def confusion(self) -> Tensor:
         """(classes, classes): how many test images of class i (row) were taken for class j. Each
         counts once, whatever the number of processes. Raises Problem."""
-        world, K = self.world, len(self.classes)
+        world, K, size = self.world, len(self.classes), min(256, self.s.batch_size)
         faces = LabelledFaces(*self.val, self.s.view_size, None, 0)
-        size = min(256, self.s.batch_size) * world.size
-        batches = Batches(len(faces), size, steps_per_epoch(len(faces), size, True), 0, world.rank,
-                          world.size, partial=True)
+        # Every W-th image is this process's; where there is none, one that weighs nothing.
+        mine = [(0, i, 1.0) for i in range(world.rank, len(faces), world.size)] or [(0, 0, 0.0)]
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
         if world.size > 1:  # one network is tested, the one that is saved: process 0's statistics
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         self.model.eval()
-        for batch in self.loader(faces, batches):
+        for batch in self.loader(faces, [mine[i:i + size] for i in range(0, len(mine), size)]):
             self.check_pictures(faces, batch, 0)
             batch = {k: v.to(world.device) for k, v in batch.items()}
             with self.mixed_precision():
@@ -1951,7 +1945,14 @@ class Evaluation(Run):
             write_whole(path, lambda file: torch.save(saved, file))
             write_whole(path.with_name(f"eval-{self.tag}.json"),
                         lambda file: file.write(json.dumps(result, indent=1).encode()))
-            self.status.say(in_words(result, path))
+            right, wide = result["per_class"], max(map(len, self.classes))
+            self.status.say(
+                f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after "
+                f"the last epoch; mean of the classes {result['mean_accuracy']:.2f} %\n"
+                f"{'':{wide}}    right   taken for: " + "  ".join(f"{k[:8]:>8}" for k in right))
+            for name, row in zip(right, result["confusion"]):
+                self.status.say(f"{name:{wide}}  {right[name]:5.1f} %{'':14}"
+                                + "  ".join(f"{n:8}" for n in row))
         return result
 
 def summary(confusion: Tensor, classes: list[str]) -> dict:
@@ -1960,16 +1961,6 @@ def summary(confusion: Tensor, classes: list[str]) -> dict:
     return dict(accuracy=100 * confusion.diag().sum().item() / confusion.sum().item(),
                 mean_accuracy=per_class.mean().item(), images=confusion.sum().item(),
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())
-
-def in_words(result: dict, path: Path) -> str:
-    """The result as a table for the screen."""
-    right, wide = result["per_class"], max(map(len, result["per_class"]))
-    rows = [f"{name:{wide}}  {right[name]:5.1f} %{'':14}" + "  ".join(f"{n:8}" for n in row)
-            for name, row in zip(right, result["confusion"])]
-    return "\n".join((
-        f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after the "
-        f"last epoch; mean of the classes {result['mean_accuracy']:.2f} %",
-        f"{'':{wide}}    right   taken for: " + "  ".join(f"{n[:8]:>8}" for n in right), *rows))
 
 def as_linear(s: Settings) -> dict:
     """What --eval alone would have set."""
@@ -1987,9 +1978,8 @@ def evaluate(s: Settings, world: World) -> dict:
 
 # ================================ Part IV: other rows of the tables =============================
 #
-# Section 4.3 takes parts of SimFLE away (Table 3) or puts another method in BYOL's place (Table 4).
-# Each is one class here, with the interface of what it replaces in Part I, so that the loop and the
-# evaluation need not know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+# Each class has the interface of what it replaces in Part I, so that the loop and the evaluation
+# need not know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
 
 # ===== Table 3: parts taken away =====
 
@@ -1998,9 +1988,9 @@ class GFLAlone(nn.Module):
 
     backbone, update = SimFLE.backbone, SimFLE.update
 
-    def __init__(self, gfl: nn.Module):
+    def __init__(self, gfl: nn.Module, ffl: FaceMAE | None = None, beta: float = 0.03):
         super().__init__()
-        self.gfl, self.ffl = gfl, None
+        self.gfl, self.ffl, self.beta = gfl, ffl, beta
 
     def forward(self, v1: Tensor, v2: Tensor, *_: Tensor) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
@@ -2010,22 +2000,15 @@ class DirectSimFLE(GFLAlone):
     """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
     the backbone too, through the grouping layer. (Table 3 b)"""
 
-    def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
-        super().__init__(gfl)
-        self.ffl, self.beta = ffl, beta
-
-    def forward(self, v1: Tensor, v2: Tensor, I: Tensor,
-                u: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor, u=None) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         L_r, _, L_g, D2_between, D2_within = self.ffl(self.backbone(I)[0], I, u)
         return report(L_s + L_r + self.beta * L_g, L_s=L_s, L_r=L_r, L_g=L_g, spread=spread(z1),
                       D2_between=D2_between, D2_within=D2_within)
 
 class RandomMasking(SemanticMasking):
-    """Masks at random; interface as `SemanticMasking`, with u (B, 49) for scores. (Table 3 c)
-
-    The grouping layer and L_g stay and train each other; nothing else learns from them. The paper
-    counts the same arithmetic for both maskings."""
+    """Masks at random: u (B, 49) are the scores. The grouping layer and L_g stay, for the same
+    arithmetic as the paper counts, but nothing learns from them. (Table 3 c)"""
 
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -2039,11 +2022,10 @@ MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
 
 # ===== Table 4: other methods for GFL =====
 #
-# SimSiam shows that BYOL's target needs no inertia, only that it gets no gradient. The others
-# compare faces with each other: a view must find the other view of its face (the positive) among
-# those of other faces (the negatives), and cannot while all are one point. MoCo keeps its negatives
-# in a queue, SimCLR takes them from the batch, both from all W processes; the caller says how:
-# gather (B, ...) -> (W·B, ...) joins tensors in the order of the ranks.
+# SimSiam shows that BYOL's target needs no inertia, only that it gets no gradient. In the others a
+# view must find the other view of its face (the positive) among those of other faces (the
+# negatives), and cannot while all are one point. MoCo keeps its negatives in a queue, SimCLR takes
+# them from the batch, both from all W processes: gather (B, ...) -> (W·B, ...) joins their tensors.
 
 def alone(x: Tensor) -> Tensor:
     """`gather` where there is one process."""
@@ -2055,10 +2037,10 @@ def two_layers(inputs: int, outputs: int) -> nn.Sequential:
                          nn.Linear(inputs, outputs))
 
 class SimSiam(nn.Module):
-    """GFL by SimSiam (Chen and He, 2021). (Table 4)
+    """GFL by SimSiam (Chen and He, 2021): BYOL without a target. (Table 4)
 
-    BYOL without a target: a prediction aims at the online stream's own projection of the other
-    view, held constant. L_s is 1 − cos, averaged over both orders: SimSiam's loss plus 1."""
+    A prediction aims at the online stream's own projection of the other view, held constant. L_s is
+    1 − cos, averaged over both orders: SimSiam's loss plus 1."""
 
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
@@ -2077,20 +2059,18 @@ class SimSiam(nn.Module):
         """There is no target."""
 
 class MoCo(nn.Module):
-    """GFL by MoCo (He et al., 2020). (Table 4)
+    """GFL by MoCo (He et al., 2020); v2 has the head `two_layers` and t = 0.2. (Table 4)
 
-    MoCo v2 is this with the head `two_layers` and t = 0.2. The online stream makes of v1 the query
-    q, the target of v2 its key; the negatives are the keys of earlier batches, in a queue that is
-    the same in every process. Only v1 is seen with gradient, so L_d has two vectors, z_m and z_v1:
-    nothing can be distilled into the target's features of v2.
+    The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
+    of earlier batches, in a queue that is the same in every process. Only v1 is seen with gradient,
+    so L_d has two vectors, z_m and z_v1: nothing can be distilled into the target's.
 
     deal: v (B, ...) -> as many images of all processes, mixed, and a function that puts what was
     computed of them back in place. That is shuffling BatchNorm: a query would know its key by the
     statistics of the batch that both were normalised with. One process has none to mix with."""
 
-    def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128,
-                 queue: int = 65_536, t: float = 0.07, tau: float = 0.999, gather=alone,
-                 deal=lambda v: (v, alone)):
+    def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128, queue: int = 65_536,
+                 t: float = 0.07, tau: float = 0.999, gather=alone, deal=lambda v: (v, alone)):
         super().__init__()
         self.t, self.tau, self.gather, self.deal = t, tau, gather, deal
         self.online = Stream(backbone, head(backbone.channels, outputs))
@@ -2123,43 +2103,40 @@ class MoCo(nn.Module):
         self.queue[place[-size:] % size] = keys[-size:]  # round and round, whatever the batch
         self.next.copy_((self.next + len(keys)) % size)
 
-def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
-    """SimCLR's loss: every view must find its other one among all 2B − 1. (Table 4)
-
-    z1, z2: (B, 128), row i of both of one face. Returns (): averaged over the 2B views."""
-    with full_precision(z1):
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        other = torch.arange(len(z), device=z.device).roll(len(z1))
-        return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
-
 class SimCLR(nn.Module):
     """GFL by SimCLR (Chen et al., 2020). (Table 4)
 
     Every process computes the loss of the whole batch. Through `gather` each gets the gradient of
     all these equal losses, W times that of one; DistributedDataParallel divides it by W again."""
 
+    update = SimSiam.update
+
     def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1, gather=alone):
         super().__init__()
         self.t, self.gather = t, gather
         self.online = Stream(backbone, two_layers(backbone.channels, outputs))
 
-    update = SimSiam.update
-
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
         return nt_xent(self.gather(z1), self.gather(z2), self.t), [h1, h2], z1
 
-# How each is built from the settings. SimSiam's 2048 and 512 are a half and an eighth of `hidden`,
-# the others' 128 a half of `outputs`: so they shrink with the laptop preset.
+def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
+    """SimCLR's loss, (): every view must find its other one among all 2B − 1, averaged over the 2B
+    views. z1, z2: (B, 128), row i of both of one face. (Table 4)"""
+    with full_precision(z1):
+        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        other = torch.arange(len(z), device=z.device).roll(len(z1))
+        return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
+
+# SimSiam's 2048 and 512 are a half and an eighth of `hidden`, the others' 128 a half of `outputs`:
+# so they shrink with the laptop preset.
 GFLS = {
-    "byol": lambda s, backbone, *how: BYOL(backbone, s.hidden, s.outputs, s.tau),
-    "simsiam": lambda s, backbone, *how: SimSiam(backbone, s.hidden // 2, s.hidden // 8),
-    "moco": lambda s, backbone, *how: MoCo(
-        backbone, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
-    "mocov2": lambda s, backbone, *how: MoCo(
-        backbone, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
-    "simclr": lambda s, backbone, gather, deal: SimCLR(backbone, s.outputs // 2, 0.1, gather),
+    "byol": lambda s, b, *how: BYOL(b, s.hidden, s.outputs, s.tau),
+    "simsiam": lambda s, b, *how: SimSiam(b, s.hidden // 2, s.hidden // 8),
+    "moco": lambda s, b, *how: MoCo(b, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
+    "mocov2": lambda s, b, *how: MoCo(b, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
+    "simclr": lambda s, b, gather, deal: SimCLR(b, s.outputs // 2, 0.1, gather),
 }
 
 # ================================ Part V: figures ================================
