@@ -61,8 +61,8 @@ Map
                              4.1 Pre-training
     Part III: evaluation
     Part IV: other rows of the tables    Table 3: parts taken away · Table 4: other methods for GFL
-    Part V: figures          4.4 Drawing · 4.4 Masks and reconstructions · 4.4 Attention ·
-                             4.4 Numbers · 4.4 All of them
+    Part V: figures          4.4 Drawing · 4.4 Masks and reconstructions ·
+                             4.4 Attention and numbers · 4.4 All of them
     Benchmark
     main
 """
@@ -406,9 +406,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
 # avoid masking fine-grained facial landmarks, which are difficult to reconstruct." Nothing so far
 # lets it try: a sort has no gradient, so L_r does not know that other scores would have given it
-# another mask. What the gradient ought to
-# say is plain, though: a masked patch that was harder than the others should rise in score, an
-# easier one should sink. So the mask is made soft around its threshold,
+# another mask. What the gradient ought to say is plain, though: a masked patch that was harder than
+# the others should rise in score, an easier one sink. So the mask is made soft at its threshold,
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i),
 #
@@ -708,8 +707,8 @@ class Settings:
     preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)")
     fresh: bool = setting(False, "start over, even where runs/NAME has a checkpoint (ours)")
     # Length and rate
-    epochs: int = setting(100, "epochs of pre-training (4.1)")
-    steps: int = setting(0, "steps of pre-training, in place of epochs; 0: epochs decide (ours)")
+    epochs: int = setting(100, "passes over the pictures (4.1)")
+    steps: int = setting(0, "steps in place of epochs; 0: epochs decide (ours)")
     batch_size: int = setting(256, "images a step, over all processes (4.1)")
     lr: float = setting(0.05, "learning rate per 256 images of a step (4.1)")
     momentum: float = setting(0.9, "of SGD (4.1)")
@@ -738,16 +737,15 @@ class Settings:
     alpha: float = setting(0.3, "weight of L_d (4.3)")
     beta: float = setting(0.03, "weight of L_g (4.3)")
     temperature: float = setting(4.0, "of the distillation's softmax (3.3)")
-    # Evaluation
+    # What to do, if not pre-training
     eval: str = setting("", "evaluate a run by linear (if nothing is said), semi or finetune (B)")
     labels: float = setting(0.01, "share of the labels that --eval semi uses (B.2)")
     init: str = setting("", "start from random, imagenet or a file; by default the run (4.2)")
     oversample: bool = setting(False, "see every class equally often (Table 2)")
-    # Figures
     figures: bool = setting(False, "draw a run's figures (4.4)")
     compare: tuple = setting((), "other runs whose attention --figures shows (Fig. 1)")
-    # Machine
     benchmark: bool = setting(False, "time the loader and the parts of a step (ours)")
+    # Machine
     workers: int = setting(-1, "loading processes a process; -1: its share of the cores (ours)")
     sync_bn: bool = setting(False, "BatchNorm over all processes; GPUs only (ours)")
     compile: bool = setting(False, "torch.compile the step (ours)")
@@ -776,7 +774,14 @@ PROTOCOLS = {
 # What may differ between a checkpoint and the run that goes on from it.
 FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare",
         "benchmark"}
-
+RANGES = {  # of numbers; those that are not here may be anything
+    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size hidden outputs queue "
+                                 "groups patch temperature log_every"),
+    "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
+    "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
+    "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
+    "from 0 to 1": (lambda v: 0 <= v <= 1, "tau"),
+}
 HERE = Path(__file__).resolve().parent
 # AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
@@ -786,7 +791,7 @@ class Problem(Exception):
 
     code = 2  # that the program ends with
 
-class Stopped(Exception):
+class Stopped(Problem):
     """A run that was told to stop, has saved its place and ends."""
 
     code = 143
@@ -799,8 +804,8 @@ class Parser(argparse.ArgumentParser):
 
 def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
-    parser = Parser(description="SimFLE: self-supervised facial expression recognition.",
-                    allow_abbrev=False)
+    parser = Parser(allow_abbrev=False, description="SimFLE: self-supervised facial expression "
+                    "recognition. Defaults in brackets: the preset paper's.")
     choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"),
                    connection=("distil", "direct"), grouping=("paper", "balanced"), vit=VITS,
                    eval=PROTOCOLS["paper"])
@@ -820,7 +825,10 @@ def read_settings(orders: dict) -> Settings:
         orders = orders | {"data": run_settings(orders["name"])["data"]}  # the run's own
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
-    trained = run_settings(name) if protocol else {}
+    trained = run_settings(name) if protocol or orders.get("figures") else {}
+    if (arch := orders.get("arch", trained.get("arch", "small"))) not in RESNETS:
+        raise Problem(f"the backbone of runs/{name}, {arch}, is not in RESNETS; give these options "
+                      f"to the script that put it there.")
     preset = orders.get("preset") or trained.get("preset") or (
         "laptop" if Path(data).name == "toy" else "paper")
     base = PRESETS[preset]
@@ -835,32 +843,24 @@ def read_settings(orders: dict) -> Settings:
     check_settings(s)
     return s
 
-RANGES = {  # of numbers; those that are not here may be anything
-    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size hidden outputs queue "
-                                 "groups patch temperature log_every"),
-    "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
-    "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
-    "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
-    "from 0 to 1": (lambda v: 0 <= v <= 1, "tau"),
-}
-
 def check_settings(s: Settings) -> None:
     """Raises Problem for what cannot work, before anything is loaded."""
     for words, (within, names) in RANGES.items():
         for name in names.split():
             if not within(value := getattr(s, name)):
                 raise Problem(f"--{name.replace('_', '-')} must be {words}, not {value}.")
+    for name, where, there in (
+            ("init", "--eval or --figures", s.eval or s.figures), ("oversample", "--eval", s.eval),
+            ("labels", "--eval semi", s.eval == "semi"), ("compare", "--figures", s.figures),
+            ("sync_bn", "pre-training", not s.eval), ("benchmark", "pre-training", not s.eval)):
+        if getattr(s, name) != getattr(Settings, name) and not there:
+            raise Problem(f"--{name.replace('_', '-')} is for {where}; leave it out of this.")
+    if Path(s.name).name != s.name or s.name == "..":
+        raise Problem(f"--name {s.name} must be one folder's name, without / or ..")
     if (s.ffl, s.connection) == ("none", "direct"):
         raise Problem("--connection direct has nothing to connect with --ffl none; leave one out.")
     if s.ffl_size == s.patch:
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
-    for name, used in (("init", s.eval or s.figures), ("oversample", s.eval),
-                       ("compare", s.figures)):
-        if getattr(s, name) and not used:
-            raise Problem(f"--{name} means nothing to pre-training; add --eval or --figures, or "
-                          f"leave it out.")
-    if s.sync_bn and s.eval:
-        raise Problem("--sync-bn is for pre-training; leave it out of an evaluation.")
 
 def small_resnet(width: int = 32) -> nn.Module:
     """A ResNet for laptops: one block a stage, `width` channels in the first, stride 16. (ours)
@@ -872,8 +872,7 @@ def small_resnet(width: int = 32) -> nn.Module:
     net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
     net.bn1, net.inplanes = nn.BatchNorm2d(width), width
     for stage, stride in enumerate((1, 2, 2, 1)):
-        layer = net._make_layer(block, width << stage, 1, stride)
-        setattr(net, f"layer{stage + 1}", layer)
+        setattr(net, f"layer{stage + 1}", net._make_layer(block, width << stage, 1, stride))
     net.fc = nn.Linear(8 * width, 1000)
     for m in net.modules():
         if isinstance(m, nn.Conv2d):  # as torchvision starts its own
@@ -932,28 +931,24 @@ def find_data(name: str) -> Path:
                   f"--src DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and deviation of a dataset's channels, by which its pictures are normalised. (Sec. B.4)
-
-    Paper: "For RAF-DB and SFEW, values computed from AffectNet were used, and for FERPlus, values
-    recalculated from FERPlus": where stats.json, which data/prepare.py writes, says `own_colours`,
-    its own; else AffectNet's. Raises Problem."""
+    """Mean and deviation of the channels, by which a dataset's pictures are normalised: its own
+    where data/prepare.py says so in stats.json (FERPlus), else AffectNet's. (Sec. B.4) Raises
+    Problem."""
     path = folder / "stats.json"
     try:
         stats = json.loads(path.read_bytes()) if path.exists() else {"own_colours": False}
         if not stats["own_colours"]:
             return list(MEAN), list(STD)
         mean, std = ([float(stats[k][c]) for c in range(3)] for k in ("mean", "std"))
-        if min(std) > 0:
-            return mean, std
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make it "
-                  f"again with data/prepare.py, or remove it.")
+        assert min(std) > 0
+        return mean, std
+    except (OSError, ValueError, LookupError, TypeError, AssertionError):
+        raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make "
+                      f"it again with data/prepare.py, or remove it.") from None
 
 def find_pictures(folder: Path) -> list[str]:
-    """All pictures below a folder, at any depth, with any extension Pillow reads, in fixed order.
-
-    Hidden files and folders are skipped. Raises Problem if there are none."""
+    """All pictures below a folder, at any depth, with any extension Pillow reads, in fixed order;
+    hidden files and folders are skipped. Raises Problem if there are none."""
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -961,8 +956,7 @@ def find_pictures(folder: Path) -> list[str]:
         found += [os.path.join(parent, f) for f in files
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in readable]
     if not found:
-        raise Problem(f"{folder} holds no pictures, at no depth; put some there or give another "
-                      f"--data.")
+        raise Problem(f"{folder} holds no pictures; put some there or give another --data.")
     return sorted(found)
 
 def read_picture(path: str) -> Image.Image:
@@ -1125,12 +1119,11 @@ class Batches:
     """Which images each process gets in each step. A batch sampler for DataLoader. (Sec. 4.1)
 
     An epoch is one permutation, drawn from (seed, epoch), or with `weights` (images,) as many draws
-    with replacement, each image by its weight. A step takes the next `batch` images of it, and of
-    these process `rank` its own run of batch/world. What does not fill a batch is dropped; with
-    `partial` it makes a smaller one, and where that cannot be shared evenly, images are repeated
-    with the weight 0. A place in the training is (epoch, done): done counts images, not steps, so
-    that another number of processes can go on from it. One stream over all epochs: workers never
-    wait for an epoch to end. Yields lists of (epoch, index, weight)."""
+    with replacement. A step takes the next `batch` images, of which process `rank` gets its own run
+    of batch/world. What does not fill a batch is dropped; with `partial` it makes a smaller one,
+    shared evenly by repeating images with the weight 0. A place is (epoch, done): done counts
+    images, so that another number of processes can go on from it. All epochs are one stream, and
+    workers never wait for one to end. Yields lists of (epoch, index, weight)."""
 
     def __init__(self, images: int, batch: int, total: int, seed: int, rank: int = 0,
                  world: int = 1, epoch: int = 0, done: int = 0, partial: bool = False,
@@ -1293,7 +1286,7 @@ def load_file(path: Path) -> dict:
             return content
         reason = "no dict"
     except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
-        reason = str(error).strip().split("\n")[0][:150]
+        reason = re.split(r"\n|\. ", str(error).strip())[0]
     raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); make it again, "
                   f"or move it away.")
 
@@ -1397,13 +1390,13 @@ class Log:
 
     def write(self, record: dict) -> None:
         """Raises Problem where the disk does."""
-        if self.active:
-            try:
+        try:
+            if self.active:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise Problem(f"{self.path} could not be written ({error}); make room, and start "
-                              f"the same command again: it goes on.") from None
+        except OSError as error:
+            raise Problem(f"{self.path} could not be written ({error}); make room, and start the "
+                          f"same command again: it goes on.") from None
 
     def state(self) -> dict:
         """For a checkpoint: so the log of a run that goes on is that of one that did not stop."""
@@ -1628,9 +1621,9 @@ class Run:
     def take_steps(self) -> None:
         batches, status, world = self.batches, self.status, self.world
         step, unreadable = batches.step(batches.epoch, batches.done), 0.0
-        status.say(f"{self.checkpoint}: {len(self.faces):,} pictures, {batches.total:,} steps of "
-                   f"{batches.batch} images ({world.size} × {self.share} on {world.device.type}), "
-                   f"rate {self.rate:g}"
+        status.say(f"{self.checkpoint}: {len(self.faces):,} pictures of {find_data(self.s.data)}, "
+                   f"{batches.total:,} steps of {batches.batch} images ({world.size} × {self.share} "
+                   f"on {world.device.type}), rate {self.rate:g}"
                    + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
                    + ("; complete, --fresh would start over" if step >= batches.total else ""))
         loading = iter(self.loader(self.faces, batches))
@@ -1685,7 +1678,8 @@ def draw_toy_faces(s: Settings, world: World) -> None:
     if s.data == "toy":
         missing = not (HERE / "data/toy/complete").exists()
         if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each machine has its own disk
-            subprocess.run([sys.executable, HERE / "data" / "toy.py"], check=True)
+            if subprocess.run([sys.executable, HERE / "data" / "toy.py"]).returncode:
+                raise Problem("data/toy.py could not draw the toy faces; it says above why.")
         if world.size > 1:
             dist.barrier()
 
@@ -1862,8 +1856,6 @@ class Evaluation(Run):
         if val_classes != self.classes:
             raise Problem(f"{folder}/train has the classes {', '.join(self.classes)}, but val has "
                           f"{', '.join(val_classes)}; both need the same.")
-        if s.arch not in RESNETS:  # a run of someone's own network, in a program without it
-            raise Problem(f"{s.arch} is not in RESNETS; add it as for training, or give --arch.")
         if s.eval == "semi":
             chosen = share_of_labels(labels, s.labels, s.seed)
             paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
@@ -2263,7 +2255,7 @@ def figure_refinement(records: list[dict]) -> Image.Image | None:
     return sheet("Does the masking keep what is hard? (Fig. 3)", rows, names,
                  [f"epoch {r['epoch']}" for r in few])
 
-# ===== 4.4 Attention =====
+# ===== 4.4 Attention and numbers =====
 
 def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
     """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM) A (B, c', h, w): the last map;
@@ -2390,8 +2382,8 @@ def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
         if path := find_classifier(s, name):
             looks[f"{name}\n{path.stem}"] = classifier(path)
         else:
-            print(f"runs/{name} has no classifier, so its attention is not drawn; make one with "
-                  f"--eval.")
+            print(f"runs/{name} " + ("has no classifier, make one with --eval" if Path(
+                "runs", name).is_dir() else "does not exist") + ": its attention is not drawn.")
     if looks:
         title, look = "Where the classifier looks (Figs. 1, 6, 8)", next(iter(looks.values()))
         yield "attention", figure_attention(title, looks, pictures[:8])
@@ -2408,8 +2400,9 @@ def draw_figures(s: Settings) -> None:
             there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
             raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose "
                           f"one with --name, or draw an untrained net with --init random.")
-        lines = (folder / "log.jsonl").read_text().split("\n")
-        records = [json.loads(line) for line in lines[:-1]]  # the run may be writing the last
+        for line in (folder / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the run may be writing its last line
+                records.append(json.loads(line))
         state, suffix = f"epoch {max(r.get('epoch', 0) for r in records)}", ""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in figures_of(s, folder, own, records):

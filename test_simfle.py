@@ -592,7 +592,8 @@ def test_a_piece_pasted_into_an_empty_file_runs_its_example(piece):
     exec(compile(f"{imports}\n{pasted}\n{example}", piece, "exec"), {})
 
 
-def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_path, monkeypatch):
+def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_path, monkeypatch,
+                                                                     capsys):
     made = []
 
     class MyGFL(S.BYOL):
@@ -617,6 +618,10 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
                     MyGFL=MyGFL, MyMasking=MyMasking, tiny=tiny, data=str(toy)))
     assert {"resnet", "gfl", "masking"} == set(made)
     assert Path("runs/faces/backbone.pt").exists()
+    del S.RESNETS["mine"]  # as in the plain program
+    for mode in ("--eval", "--figures"):
+        assert "mine, is not in RESNETS" in complaint(["--data", toy, mode], tmp_path, monkeypatch,
+                                                      capsys)
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
@@ -1344,8 +1349,9 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
             ([*new, "--eval", "finetune", "--name", "nothing"], "is missing, from which"),
             ([*new, "--eval", "--init", "no.pt"], "no.pt is missing, from which this starts"),
             ([*new, "--eval", "finetune", "--init", "random"], "random has no head"),
-            ([*new, "--init", "random"], "--init means nothing to pre-training"),
-            ([*new, "--oversample"], "--oversample means nothing to pre-training"),
+            ([*new, "--init", "random"], "--init is for --eval or --figures"),
+            ([*new, "--oversample"], "--oversample is for --eval;"),
+            ([*new, "--eval", "--init", "imagenet"], "no ImageNet weights for --arch small"),
             ([*new, "--eval", "cubic"], "--eval: invalid choice: 'cubic'"),
             ([*new, "--eval", "semi", "--labels", "0"], "--labels must be above 0 and up to 1"),
             (["--data", "colours", *EVAL[:-1], "resnet18", "--eval", "--name", "colours"],
@@ -1407,6 +1413,10 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--batch-size", "1000"], "fewer than a batch of 1000"),
     (["--sync-bn"], "--sync-bn works on GPUs only"),
     (["--sync-bn", "--eval"], "--sync-bn is for pre-training"),
+    (["--benchmark", "--eval"], "--benchmark is for pre-training"),
+    (["--labels", "0.1", "--eval"], "--labels is for --eval semi"),
+    (["--name", "../up"], "one folder's name"),
+    (["--name", ".."], "one folder's name"),
     (["--ffl", "none", "--connection", "direct"], "nothing to connect"),
 ])
 def test_wrong_orders_get_a_sentence(args, words, toy, tmp_path, monkeypatch, capsys):
@@ -1947,7 +1957,7 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert in_process("--data", "colours", "--figures", "--compare", "colours", "nobody",
                       cwd=trained, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    assert "runs/nobody has no classifier" in out
+    assert "runs/nobody does not exist" in out
     names = {p.stem for p in folder.glob("*.png")}
     assert names >= {"masks", "reconstructions", "curves", "confusion-linear-colours", "attention"}
     typo = complaint(["--data", "colours", "--figures", "--init", "rundom"], trained, monkeypatch,
