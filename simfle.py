@@ -916,7 +916,7 @@ def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
 # workers changes nothing, and a run that goes on needs no generator's state.
 
 def stream_of(*key) -> torch.Generator:
-    """A generator for this key alone, the same in every process and on every machine. (ours)"""
+    """A generator for this key alone, the same in every process, on every machine. (ours)"""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
@@ -1314,10 +1314,9 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
     images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch under random
-    masks, over the rounds in which it is masked; `keep_map`: the share of the groups that keep it;
-    (49,) each, means over the images. `positions` is the correlation of these maps, `within_image`
-    that of each image's own two, averaged. Eval mode, always the same masks; weights and buffers
-    stay. Of random masking it measures the scores, which then mask nothing."""
+    masks, where it is masked; `keep_map`: the share of the groups that keep it; (49,) each, means
+    over the images. `positions` is the correlation of these maps, `within_image` that of each
+    image's own two, averaged. Of random masking it measures the scores, which mask nothing."""
     device, masking = next(model.parameters()).device, model.ffl.masking
     draw, was_training = stream_of("measure"), model.training
     model.eval()
@@ -1411,16 +1410,14 @@ class Log:
 # ===== 4.1 The loop =====
 
 def leave_signals(worker: int) -> None:
-    """Loading processes end with their parent: a cluster's SIGTERM, which reaches all, is for it,
-    and so is a Ctrl-C."""
+    """A loading process ends with its parent; SIGTERM and Ctrl-C, which reach both, are for it."""
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, signal.SIG_IGN)
 
 class Run:
     """The loop over steps, with its checkpoints, log and status line. (Sec. 4.1)
 
-    Pre-training and every evaluation are one of these: they bring a model, its pictures, and what a
-    step computes. The settings decide everything that is computed, world decides who computes it.
+    Pre-training and every evaluation are one of these, with their own model, pictures and step.
     trained: the part of the model that learns. suffix: tells the files of several runs in one
     folder apart. weights: as in `Batches`. more: what else must be equal for a run to go on."""
 
@@ -1452,12 +1449,13 @@ class Run:
                                          lr=self.rate, momentum=s.momentum,
                                          weight_decay=s.weight_decay, fused=cuda)
         self.log = Log(self.folder / f"log{suffix}.jsonl", world.first)
-        saved = agree(world, self.find_checkpoint)  # only process 0 needs to see the disk
+        saved, place = agree(world, self.find_checkpoint), (0, 0)  # process 0 alone sees the disk
         if saved:
             load_state(self.checkpoint, saved, self.model, self.optimizer)
+            place = saved["place"]
             for group in self.optimizer.param_groups:  # whatever the checkpoint's machine was
                 group["fused"] = cuda
-        place = agree(world, lambda: self.start(saved))
+        agree(world, lambda: self.start_log(saved))
         total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
         self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size, *place,
                                partial=self.partial, weights=weights)
@@ -1486,17 +1484,14 @@ class Run:
                           f"repeat them, give this run another --name, or start over with --fresh.")
         return saved
 
-    def start(self, saved: dict | None) -> tuple[int, int]:
-        """Begins the log, or goes on with it; the place where the run stands. Raises Problem."""
-        if saved is None:
-            self.log.path.write_bytes(b"")
+    def start_log(self, saved: dict | None) -> None:
+        """Begins the log, or goes on with it. Raises Problem."""
+        self.log.restore(saved["log"] if saved else dict(bytes=0, sums={}, count=0))
+        if not saved:
             self.log.write({"settings": self.settings})
-            return 0, 0
-        self.log.restore(saved["log"])
-        if saved["share"] != self.share:
+        elif saved["share"] != self.share:
             print(f"simfle: each process now sees {self.share} images of a step, where it saw "
                   f"{saved['share']}; BatchNorm's statistics are of that many.", flush=True)
-        return tuple(saved["place"])
 
     def save(self, place: tuple[int, int]) -> None:
         """Writes the checkpoint: process 0 alone. Raises Problem."""
@@ -1598,7 +1593,7 @@ class Run:
 
     def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
         """Names this batch's unreadable pictures, each once. Raises Problem for too many in an
-        epoch: more than one in a hundred where another takes the place, any where none does."""
+        epoch: one in a hundred where another takes the place, any where none does."""
         for index in batch["index"][batch["unreadable"] > 0].tolist():
             if index not in self.warned:
                 self.warned.add(index)
@@ -1609,7 +1604,7 @@ class Run:
                           f"too many to go on; mend or remove those that are named above.")
 
     def go(self) -> None:
-        """From the place where the run stands to its end. Raises Problem and Stopped."""
+        """From where the run stands to its end. Raises Problem and Stopped."""
         before_us = signal.signal(signal.SIGTERM, self.stop)
         try:
             self.take_steps()
@@ -1621,9 +1616,9 @@ class Run:
     def take_steps(self) -> None:
         batches, status, world = self.batches, self.status, self.world
         step, unreadable = batches.step(batches.epoch, batches.done), 0.0
-        status.say(f"{self.checkpoint}: {len(self.faces):,} pictures of {find_data(self.s.data)}, "
-                   f"{batches.total:,} steps of {batches.batch} images ({world.size} × {self.share} "
-                   f"on {world.device.type}), rate {self.rate:g}"
+        status.say(f"{self.checkpoint}: {len(self.faces):,} pictures of "
+                   f"{find_data(self.s.data)}, {batches.total:,} steps of {batches.batch} images "
+                   f"({world.size} × {self.share} on {world.device.type}), rate {self.rate:g}"
                    + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
                    + ("; complete, --fresh would start over" if step >= batches.total else ""))
         loading = iter(self.loader(self.faces, batches))
