@@ -940,9 +940,10 @@ def colours_of(folder: Path) -> tuple[list[float], list[float]]:
         if not stats["own_colours"]:
             return list(MEAN), list(STD)
         mean, std = ([float(stats[k][c]) for c in range(3)] for k in ("mean", "std"))
-        assert min(std) > 0
+        if min(std) <= 0:
+            raise ValueError
         return mean, std
-    except (OSError, ValueError, LookupError, TypeError, AssertionError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make "
                       f"it again with data/prepare.py, or remove it.") from None
 

@@ -1320,6 +1320,10 @@ def test_all_processes_test_with_the_statistics_of_process_0(trained, monkeypatc
     monkeypatch.setattr(S.dist, "broadcast", lambda tensor, source: sent.append((tensor, source)))
     monkeypatch.setattr(S.dist, "all_reduce", lambda tensor: None)
     assert run.confusion().sum() == 8  # process 0's share of 15
+    for rank, share in ((1, 7), (14, 1), (15, 0)):  # the last of 16 has no image to count
+        run.world = S.World(rank, 2 if rank < 2 else 16, torch.device("cpu"))
+        sent.clear()
+        assert run.confusion().sum() == share
     assert [id(t) for t, source in sent if source == 0] == [id(b) for b in run.model.buffers()]
 
 
@@ -2651,6 +2655,10 @@ def test_ferplus_is_normalised_by_its_own_colours_all_else_by_affectnets(tmp_pat
                                                         own_colours=own)))
         assert S.colours_of(tmp_path / "d") == (([.1] * 3, [.2] * 3) if own
                                                 else (list(S.MEAN), list(S.STD)))
+    text(tmp_path / "0/stats.json", json.dumps(dict(mean=[.1] * 3, std=[.2, 0, .2],
+                                                    own_colours=True)))
+    with pytest.raises(S.Problem, match="does not hold own_colours"):
+        S.colours_of(tmp_path / "0")
     assert S.colours_of(tmp_path) == (list(S.MEAN), list(S.STD))
     x = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
     torch.testing.assert_close(S.normalise(x, ([.1] * 3, [.2] * 3)), torch.full((1, 3, 2, 2), 0.5))
