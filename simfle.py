@@ -2226,12 +2226,12 @@ def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image
     above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), u, colours)[0])
              for face in x[:3]]
     below = [x, *reconstruct(model, x, u[:len(x)], colours)]
-    groups = [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()]
+    names = (["one draw"] * 8 if model.ffl.masking.draws > 1 else
+             [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()])
     light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
     return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)",
-                           [[cell(p) for p in row] for row in above], note="Grey patches are "
-                           "masked.", columns=["original", *(
-                               ["one draw"] * 8 if model.ffl.masking.draws > 1 else groups)]),
+                           [[cell(p) for p in row] for row in above],
+                           columns=["original", *names], note="Grey patches are masked."),
             "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)",
                                      [[cell(p) for p in row] for row in below],
                                      ["original", "masked", "reconstructed"],
@@ -2268,8 +2268,10 @@ def classifier(path: Path):
         raise Problem(f"{path} is missing; with --figures, --init is random or a classifier that "
                       f"--eval has made.")
     saved = load_file(path)
-    if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
-        raise Problem(f"{path} is no classifier of --eval; give one with --init.")
+    if (not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}
+            or saved["arch"] not in RESNETS):
+        raise Problem(f"{path} is no classifier of --eval with a backbone of RESNETS; give one "
+                      f"with --init.")
     net = RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     net.load_state_dict(saved["model"])
