@@ -80,6 +80,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -775,8 +776,9 @@ PROTOCOLS = {
 FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare",
         "benchmark"}
 RANGES = {  # of numbers; those that are not here may be anything
-    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size hidden outputs queue "
-                                 "groups patch temperature log_every"),
+    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size queue groups "
+                                 "patch temperature log_every"),
+    "8 or more": (lambda v: v >= 8, "hidden outputs"),  # GFLS takes an eighth of one for a layer
     "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
     "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
     "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
@@ -805,7 +807,7 @@ class Parser(argparse.ArgumentParser):
 def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
     parser = Parser(allow_abbrev=False, description="SimFLE: self-supervised facial expression "
-                    "recognition. Defaults in brackets: the preset paper's.")
+                    "recognition. Defaults in brackets: the paper's pre-training.")
     choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"),
                    connection=("distil", "direct"), grouping=("paper", "balanced"), vit=VITS,
                    eval=PROTOCOLS["paper"])
@@ -822,13 +824,15 @@ def read_orders(argv: list[str] | None = None) -> dict:
 def read_settings(orders: dict) -> Settings:
     """The orders, on top of the preset, the protocol and the evaluated run. Raises Problem."""
     if orders.keys() & {"figures", "eval"} and "name" in orders and "data" not in orders:
-        orders = orders | {"data": run_settings(orders["name"])["data"]}  # the run's own
+        orders = {"data": known_run(orders["name"])["data"]} | orders  # the run's own
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
     trained = run_settings(name) if protocol or orders.get("figures") else {}
-    if (arch := orders.get("arch", trained.get("arch", "small"))) not in RESNETS:
-        raise Problem(f"the backbone of runs/{name}, {arch}, is not in RESNETS; give these options "
-                      f"to the script that put it there.")
+    for key, table in dict(arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none")).items():
+        known = key in orders or key not in trained or trained[key] in table
+        if not known and (key == "arch" or not protocol):
+            raise Problem(f"runs/{name} has --{key} {trained[key]}, which is not in this script; "
+                          f"give these options to the one that adds it.")
     preset = orders.get("preset") or trained.get("preset") or (
         "laptop" if Path(data).name == "toy" else "paper")
     base = PRESETS[preset]
@@ -849,12 +853,15 @@ def check_settings(s: Settings) -> None:
         for name in names.split():
             if not within(value := getattr(s, name)):
                 raise Problem(f"--{name.replace('_', '-')} must be {words}, not {value}.")
+    trains = not (s.eval or s.figures)
     for name, where, there in (
             ("init", "--eval or --figures", s.eval or s.figures), ("oversample", "--eval", s.eval),
             ("labels", "--eval semi", s.eval == "semi"), ("compare", "--figures", s.figures),
-            ("sync_bn", "pre-training", not s.eval), ("benchmark", "pre-training", not s.eval)):
+            ("sync_bn", "pre-training", trains), ("benchmark", "pre-training", trains)):
         if getattr(s, name) != getattr(Settings, name) and not there:
-            raise Problem(f"--{name.replace('_', '-')} is for {where}; leave it out of this.")
+            raise Problem(f"--{name.replace('_', '-')} is for {where}: give it there only.")
+    if s.eval and s.figures:
+        raise Problem("--eval and --figures are two commands: give one, then the other.")
     if Path(s.name).name != s.name or s.name == "..":
         raise Problem(f"--name {s.name} must be one folder's name, without / or ..")
     if (s.ffl, s.connection) == ("none", "direct"):
@@ -1594,7 +1601,7 @@ class Run:
 
     def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
         """Names this batch's unreadable pictures, each once. Raises Problem for too many in an
-        epoch: one in a hundred where another takes the place, any where none does."""
+        epoch: more than one in a hundred where another takes the place, any where none does."""
         for index in batch["index"][batch["unreadable"] > 0].tolist():
             if index not in self.warned:
                 self.warned.add(index)
@@ -1790,6 +1797,14 @@ def run_settings(name: str) -> dict:
         return settings | {"data_name": Path(settings["data"]).resolve().name}
     except (OSError, ValueError, KeyError, TypeError):
         return {"data": name, "data_name": name}
+
+def known_run(name: str) -> dict:
+    """The same of a run that must be there. Raises Problem, with the runs that there are."""
+    if "seed" not in (settings := run_settings(name)):
+        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
+        raise Problem(f"there is no run {name}; runs/ has {there or 'none'}: choose one with "
+                      f"--name, or take an untrained net of --data NAME with --init random.")
+    return settings
 
 def with_digest(path: Path) -> str:
     """A file's path and the beginning of its SHA-256."""
@@ -1996,7 +2011,8 @@ class DirectSimFLE(GFLAlone):
 
 class RandomMasking(SemanticMasking):
     """Masks at random: u (B, 49) are the scores. The grouping layer and L_g stay, for the same
-    arithmetic as the paper counts, but nothing learns from them. (Table 3 c)"""
+    arithmetic as the paper counts; they train each other, and nothing else learns from them.
+    (Table 3 c)"""
 
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -2394,10 +2410,7 @@ def draw_figures(s: Settings) -> None:
     folder, own, records = Path("runs", s.name), run_settings(s.name), []
     state, suffix = "untrained", "-untrained"
     if s.init != "random":
-        if "seed" not in own:
-            there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
-            raise Problem(f"there is no run {s.name} to draw; runs/ has {there or 'none'}: choose "
-                          f"one with --name, or draw an untrained net with --init random.")
+        known_run(s.name)
         for line in (folder / "log.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # the run may be writing its last line
                 records.append(json.loads(line))
@@ -2534,10 +2547,10 @@ def compare_with_untrained(s: Settings, world: World) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 after a Problem, 143 when stopped, 130 after a Ctrl-C; 1 when
-    another process has failed."""
+    another process has failed, or for a fault of the program itself, with its traceback."""
     try:
         run(read_orders(argv))
-    except (Problem, Stopped) as told:
+    except Problem as told:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
             print(f"\nsimfle: {told}", file=sys.stderr, flush=True)
         return told.code
@@ -2545,10 +2558,11 @@ def main(argv: list[str] | None = None) -> int:
         print("\nsimfle: interrupted; the same command goes on from the last checkpoint, if there "
               "is one (--save-every writes more of them).", file=sys.stderr, flush=True)
         return 130
-    except RuntimeError as error:
-        if not dist.is_initialized() or not re.search("closed|reset|peer|timed out", str(error),
-                                                      re.IGNORECASE):
-            raise
+    except Exception as error:  # not left to Python, which would wait for the loading processes
+        if not (dist.is_initialized() and isinstance(error, RuntimeError) and re.search(
+                "closed|reset|peer|timed out", str(error), re.IGNORECASE)):
+            traceback.print_exc()
+            return 1
         print(f"\nsimfle: process {dist.get_rank()} ends, because another one has ended; the same "
               f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
         return 1

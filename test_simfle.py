@@ -620,8 +620,13 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
     assert Path("runs/faces/backbone.pt").exists()
     del S.RESNETS["mine"]  # as in the plain program
     for mode in ("--eval", "--figures"):
-        assert "mine, is not in RESNETS" in complaint(["--data", toy, mode], tmp_path, monkeypatch,
-                                                      capsys)
+        assert "has --arch mine, which is not in" in complaint(["--data", toy, mode], tmp_path,
+                                                               monkeypatch, capsys)
+    S.RESNETS["mine"] = lambda: S.small_resnet(8)
+    for table, key in ((S.MASKINGS, "ffl"), (S.GFLS, "gfl")):
+        del table["mine"]
+        assert f"has --{key} mine, which is not in" in complaint(["--data", toy, "--figures"],
+                                                                 tmp_path, monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
@@ -824,6 +829,16 @@ def in_process(*args, cwd, monkeypatch):
     return S.main([*map(str, args)])
 
 
+def test_a_fault_of_the_program_ends_it_with_a_traceback_and_no_process_left(toy, tmp_path):
+    """Loading processes, deaf to SIGTERM, would be waited for until the end of time."""
+    code = ("import sys, simfle; simfle.FaceMAE.forward = lambda *_: [][0]; "
+            "sys.exit(simfle.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "--data", toy, *TINY, "--workers", "2"],
+                          cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)}, timeout=120,
+                          text=True, capture_output=True)
+    assert done.returncode == 1 and "IndexError" in done.stderr, done.stderr
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -839,7 +854,7 @@ def same_state(one, two):
     return not different
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 
@@ -1354,7 +1369,7 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
             ([*new, "--eval", "--init", "no.pt"], "no.pt is missing, from which this starts"),
             ([*new, "--eval", "finetune", "--init", "random"], "random has no head"),
             ([*new, "--init", "random"], "--init is for --eval or --figures"),
-            ([*new, "--oversample"], "--oversample is for --eval;"),
+            ([*new, "--oversample"], "--oversample is for --eval:"),
             ([*new, "--eval", "--init", "imagenet"], "no ImageNet weights for --arch small"),
             ([*new, "--eval", "cubic"], "--eval: invalid choice: 'cubic'"),
             ([*new, "--eval", "semi", "--labels", "0"], "--labels must be above 0 and up to 1"),
@@ -1412,6 +1427,10 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--patch", "5", "--preset", "laptop"], "patches of 5 do not divide an image of 28 pixels"),
     (["--groups", "30", "--batch-size", "8"], "30 channel groups do not divide 256 channels"),
     (["--batch-size", "0"], "--batch-size must be above 0"),
+    (["--hidden", "4", "--gfl", "simsiam"], "--hidden must be 8 or more, not 4"),
+    (["--eval", "--name", "nope"], "there is no run nope; runs/ has none"),
+    (["--figures", "--init", "random", "--name", "nope"], "there is no run nope"),
+    (["--eval", "--figures"], "--eval and --figures are two commands"),
     (["--mask-ratio", "1.5"], "--mask-ratio must be between 0 and 1"),
     (["--batch-size", "1"], "BatchNorm needs 2"),
     (["--batch-size", "1000"], "fewer than a batch of 1000"),
@@ -1426,7 +1445,7 @@ def complaint(args, cwd, monkeypatch, capsys):
 def test_wrong_orders_get_a_sentence(args, words, toy, tmp_path, monkeypatch, capsys):
     if "--sync-bn" in args and torch.cuda.is_available():
         pytest.skip("it works here")
-    data = [] if "--data" in args else ["--data", toy]
+    data = [] if {"--data", "nope"} & {*args} else ["--data", toy]
     preset = TINY[2:] if "--preset" in args else TINY
     assert words in complaint([*data, *preset, *args], tmp_path, monkeypatch, capsys)
 
