@@ -263,7 +263,7 @@ class BYOL(nn.Module):
 #
 # Written as it stands, Eq. 2 needs the cosines of all 2048² pairs for each image. They need not be
 # made. Let U be the c′ × h′w′ matrix whose rows are the channels at unit length. Then U Uᵀ holds
-# the cosines, and the sum of their squares is
+# the cosines, and the sum of their squares, a matrix's ‖·‖², is
 #
 #     Σ_ij D(C_i, C_j)²  =  ‖U Uᵀ‖²  =  trace(U Uᵀ U Uᵀ)  =  trace(Uᵀ U Uᵀ U)  =  ‖Uᵀ U‖²,
 #
@@ -778,7 +778,7 @@ FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figur
 RANGES = {  # of numbers; those that are not here may be anything
     "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size queue groups "
                                  "patch temperature log_every"),
-    "8 or more": (lambda v: v >= 8, "hidden outputs"),  # GFLS takes an eighth of one for a layer
+    "8 or more": (lambda v: v >= 8, "hidden outputs"),  # down to an eighth is a layer of GFLS
     "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
     "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
     "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
@@ -804,13 +804,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise Problem(f"{message}; `python simfle.py --help` lists the options.")
 
+def registered() -> dict:
+    """The options whose values name a part, and the parts there are, a user's own among them."""
+    return dict(arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"))
+
 def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
     parser = Parser(allow_abbrev=False, description="SimFLE: self-supervised facial expression "
                     "recognition. Defaults in brackets: the paper's pre-training.")
-    choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"),
-                   connection=("distil", "direct"), grouping=("paper", "balanced"), vit=VITS,
-                   eval=PROTOCOLS["paper"])
+    choices = registered() | dict(preset=PRESETS, connection=("distil", "direct"), vit=VITS,
+                                  grouping=("paper", "balanced"), eval=PROTOCOLS["paper"])
     for f in fields(Settings):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(nargs="+") if f.default == () else
@@ -828,7 +831,7 @@ def read_settings(orders: dict) -> Settings:
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
     trained = run_settings(name) if protocol or orders.get("figures") else {}
-    for key, table in dict(arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none")).items():
+    for key, table in registered().items():
         known = key in orders or key not in trained or trained[key] in table
         if not known and (key == "arch" or not protocol):
             raise Problem(f"runs/{name} has --{key} {trained[key]}, which is not in this script; "
@@ -1799,7 +1802,7 @@ def run_settings(name: str) -> dict:
         return {"data": name, "data_name": name}
 
 def known_run(name: str) -> dict:
-    """The same of a run that must be there. Raises Problem, with the runs that there are."""
+    """`run_settings` of a run that must be there. Raises Problem, with the runs that there are."""
     if "seed" not in (settings := run_settings(name)):
         there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
         raise Problem(f"there is no run {name}; runs/ has {there or 'none'}: choose one with "
@@ -2270,8 +2273,8 @@ def figure_refinement(records: list[dict]) -> Image.Image | None:
 # ===== 4.4 Attention and numbers =====
 
 def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
-    """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM) A (B, c', h, w): the last map;
-    gradient (B, c'): of the class's logit, summed over A's positions; behind a mean and a linear
+    """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM) A (B, c′, h, w): the last map;
+    gradient (B, c′): of the class's logit, summed over A's positions; behind a mean and a linear
     layer, the layer's row of the class. Returns (B, size, size) from 0 to 1."""
     cam = torch.einsum("bk,bkhw->bhw", gradient, A).relu()[:, None]
     cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]
@@ -2407,10 +2410,9 @@ def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
 
 def draw_figures(s: Settings) -> None:
     """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
-    folder, own, records = Path("runs", s.name), run_settings(s.name), []
-    state, suffix = "untrained", "-untrained"
+    folder, records, state, suffix = Path("runs", s.name), [], "untrained", "-untrained"
+    own = (run_settings if s.init == "random" else known_run)(s.name)
     if s.init != "random":
-        known_run(s.name)
         for line in (folder / "log.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # the run may be writing its last line
                 records.append(json.loads(line))
