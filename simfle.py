@@ -1225,6 +1225,9 @@ def processes():
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                             device_id=device if cuda else None)
     yield world
+    # In PyTorch 2.6 and 2.7 a thread of gloo that drops the last tensor waits for Python, which
+    # waits below for that thread, for ever; so the last tensor is one that is still held here.
+    dist.all_reduce(held := torch.zeros(1, device=device))
     dist.destroy_process_group()  # not in a `finally`: after a failure this would wait for ever
 
 def gather(world: World, x: Tensor) -> Tensor:
