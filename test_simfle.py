@@ -2218,6 +2218,10 @@ def odd_picture(path, kind):
                    else picture.convert("L" if kind in ("1", "F") else "RGB"))
         suffix = ".tif" if kind in ("F", "I", "YCbCr", "CMYK") else ".png"
         picture.convert(kind).save(path.with_suffix(suffix))
+        try:
+            Image.open(path.with_suffix(suffix)).load()
+        except OSError as error:  # up to Pillow 11.0 at least, a TIFF in YCbCr
+            pytest.skip(f"this Pillow does not read what it has written: {error}")
         return True
     picture.save(path.with_suffix(".jpg"))
     whole = path.with_suffix(".jpg").read_bytes()
