@@ -1456,6 +1456,12 @@ class Run:
         if len(faces) < batch and not self.partial:
             raise Problem(f"{find_data(s.data)} has {len(faces)} pictures to train on, fewer than "
                           f"a batch of {batch}; lower --batch-size or add pictures.")
+        # An epoch permutes the list of pictures: on other lists, processes would take other images.
+        names = "\n".join(os.path.basename(path) for path in faces.paths).encode()
+        digest = int.from_bytes(hashlib.blake2b(names, digest_size=7).digest(), "big")
+        if len(gather(world, torch.tensor([digest], device=world.device)).unique()) > 1:
+            raise Problem(f"{find_data(s.data)} does not hold the same pictures for all processes; "
+                          f"copy it whole to every machine.")
         self.rate, self.share = s.lr * batch / 256, batch // world.size
         self.model = model.to(world.device, memory_format=torch.channels_last)
         cuda = world.device.type == "cuda"

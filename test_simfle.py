@@ -2035,6 +2035,9 @@ if first and rank == int(os.environ.get("RANK", 0)):
             die(lambda: v1.fill_(float("nan")))
             return (v1, *rest)
         S.prepare = poisoned
+    if where == "pictures":  # another machine's copy lacks the last one
+        find = S.find_pictures
+        S.find_pictures = lambda folder: find(folder)[:-1]
     if where == "sleep":
         S.Run.step = lambda *a: (__import__("time").sleep(0.3), step(*a))[1]
 sys.exit(S.main(sys.argv[4:]))
@@ -2116,6 +2119,15 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_before_the_step(toy,
     assert one.returncode != 0 and err.count("not finite in step 4, epoch 1 (L_s nan") == 1
     saved = torch.load(tmp_path / "runs/r/checkpoint.pt")
     assert saved["place"] == [0, 24] and all(v.isfinite().all() for v in saved["model"].values())
+
+
+def test_machines_with_different_pictures_are_told_before_the_first_step(toy, tmp_path):
+    """The order of an epoch is a permutation of the list: of other lists, other images."""
+    one = start_faulty("pictures", 0, faulty_args(toy), tmp_path, 2, rank=1)
+    out, err = one.communicate(timeout=120)
+    assert one.returncode != 0 and "step 1/" not in out
+    assert err.count("does not hold the same pictures for all processes") == 1
+    assert "Traceback (most recent call last):\n  File \"" + str(HERE / "simfle.py") not in err
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run_too(toy, tmp_path,
