@@ -61,53 +61,46 @@ Map
                              4.1 Pre-training
     Part III: evaluation
     Part IV: other rows of the tables    Table 3: parts taken away · Table 4: other methods for GFL
-    Part V: figures          4.4 Drawing · 4.4 Masks and reconstructions ·
-                             4.4 Attention and numbers · 4.4 All of them
-    Benchmark
     main
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
 import warnings
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import islice, zip_longest
 from pathlib import Path
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 from torchvision.transforms import RandomResizedCrop
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # ================================ Part I: the method ================================
 #
@@ -157,19 +150,19 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # Two views of one face, cropped and coloured at random, should mean the same. Asking just that has
 # a trivial answer: map every face to one point, a collapse. BYOL avoids it without ever comparing
 # two different faces. The online stream f_θ (backbone, projector, predictor) predicts what the
-# target stream f_ρ (backbone, projector) says of the other view. The target gets no gradient; it
-# follows the online stream slowly. So no gradient ever moves the target towards the online stream:
-# each step moves f_θ towards an older and, by averaging, steadier self.
+# target stream f_ρ (backbone, projector) says of the other view. No gradient ever moves the target
+# towards the prediction; it follows the online stream slowly, so that each step moves f_θ towards
+# an older and, by averaging, steadier self.
 #
 # Whether it worked can be seen: `spread` below, the deviation of the normalised projections over
-# the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by 1/√256
-# = 0.0625 each.
+# the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by
+# 1/√256 = 0.0625 each.
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
     """How far a prediction is from the target's projection. (Sec. 3.1, Eq. 1)
 
     p: (B, 256) f_θ of one view, with gradient. z: (B, 256) f_ρ of the other. Returns (): the mean
-    over the batch of 2 − 2·cos, which is the squared distance of the two unit vectors, from 0 to 4.
+    of 2 − 2·cos over the batch, the squared distance of the two as unit vectors, from 0 to 4.
 
         p, z = torch.randn(2, 8, 256, requires_grad=True)
         L_s = similarity_loss(p, z.detach())
@@ -245,9 +238,9 @@ class BYOL(nn.Module):
             target1, target2 = self.target(v1)[0], self.target(v2)[0]
         # Paper: "The same process can be done again by swapping the positions of v1 and v2." Both
         # orders are added, not averaged: L_s runs from 0 to 8.
-        loss = (similarity_loss(self.predictor(z1), target2)
-                + similarity_loss(self.predictor(z2), target1))
-        return loss, [h1, h2], z1
+        L_s = (similarity_loss(self.predictor(z1), target2)
+               + similarity_loss(self.predictor(z2), target1))
+        return L_s, [h1, h2], z1
 
     def update(self) -> None:
         """Moves the target after the optimiser's step."""
@@ -319,16 +312,14 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         all_pairs = gram.sum(dim=1).square().sum(dim=(1, 2))
     return all_pairs - within, within
 
-def grouping_loss(C: Tensor, groups: int,
-                  balanced: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> tuple[Tensor, ...]:
     """Channels of a group alike, of different groups unlike. (Sec. 3.2, Eq. 2)
 
     C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′,
     averaged over the batch; and mean D² between and within groups, () each, without gradient. For
-    the example of `pair_sums`, (2 − 7)/4 = −1.25, 2/8 and 7/8.
-
-    Departure 2: the division. Undivided, β = 0.03 gives a gradient of norm 10⁴ in the first step
-    and diverges; divided by the c′² pairs, nothing is learnt.
+    the example of `pair_sums`, (2 − 7)/4 = −1.25, 2/8 and 7/8. Departure 2 is the division: as it
+    stands, β = 0.03 gives a gradient of norm 10⁴ in the first step and diverges; divided by the c′²
+    pairs, nothing is learnt.
 
     `balanced` is mean D² between less mean D² within. It is not the paper's, but it groups: Eq. 2
     counts a channel's 63 partners once and its 1,984 strangers once as well, and so mostly makes
@@ -789,18 +780,14 @@ HERE = Path(__file__).resolve().parent
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 class Problem(Exception):
-    """Something a user can mend. Its text is one sentence: what, where, what to do."""
-
-    code = 2  # that the program ends with
-
-class Stopped(Problem):
-    """A run that was told to stop, has saved its place and ends."""
-
-    code = 143
+    """Something a user can mend: a sentence that says what, where and what to do. `code` is what
+    the program ends with."""
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are Problems, so that three processes complain once."""
-
     def error(self, message: str):
         raise Problem(f"{message}; `python simfle.py --help` lists the options.")
 
@@ -832,8 +819,8 @@ def read_settings(orders: dict) -> Settings:
     name = orders.get("name") or Path(data).resolve().name
     trained = run_settings(name) if protocol or orders.get("figures") else {}
     for key, table in registered().items():
-        known = key in orders or key not in trained or trained[key] in table
-        if not known and (key == "arch" or not protocol):
+        if trained.keys() - orders >= {key} and trained[key] not in table and (
+                key == "arch" or not protocol):
             raise Problem(f"runs/{name} has --{key} {trained[key]}, which is not in this script; "
                           f"give these options to the one that adds it.")
     preset = orders.get("preset") or trained.get("preset") or (
@@ -858,7 +845,7 @@ def check_settings(s: Settings) -> None:
                 raise Problem(f"--{name.replace('_', '-')} must be {words}, not {value}.")
     trains = not (s.eval or s.figures)
     for name, where, there in (
-            ("init", "--eval or --figures", s.eval or s.figures), ("oversample", "--eval", s.eval),
+            ("init", "--eval or --figures", not trains), ("oversample", "--eval", s.eval),
             ("labels", "--eval semi", s.eval == "semi"), ("compare", "--figures", s.figures),
             ("sync_bn", "pre-training", trains), ("benchmark", "pre-training", trains)):
         if getattr(s, name) != getattr(Settings, name) and not there:
@@ -893,14 +880,12 @@ RESNETS = {"small": small_resnet} | {name: partial(torchvision.models.get_model,
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
     "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2")}
 
-def build_model(s: Settings, gather=None, deal=None) -> nn.Module:
-    """The model that the settings describe, its weights drawn from the seed. Raises Problem.
-
-    gather, deal: how processes exchange tensors (4.1 Processes); None: there is one."""
+def build_model(s: Settings, world=None) -> nn.Module:
+    """The model that the settings describe, its weights drawn from the seed. Raises Problem."""
     torch.manual_seed(s.seed)
     backbone = Backbone(RESNETS[s.arch]())
     try:
-        gfl = GFLS[s.gfl](s, backbone, gather or alone, deal or (lambda v: (v, alone)))
+        gfl = GFLS[s.gfl](s, backbone, world or ALONE)
         if s.ffl == "none":
             return GFLAlone(gfl)
         ffl = FaceMAE(backbone.channels, groups=s.groups, ratio=s.mask_ratio,
@@ -941,21 +926,16 @@ def find_data(name: str) -> Path:
                   f"--src DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
 
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the channels, by which a dataset's pictures are normalised: its own
-    where data/prepare.py says so in stats.json (FERPlus), else AffectNet's. (Sec. B.4) Raises
-    Problem."""
+    """Mean and deviation of the channels, by which a dataset is normalised: its own where
+    data/prepare.py says so (FERPlus), else AffectNet's. (Sec. B.4) Raises Problem."""
     path = folder / "stats.json"
-    try:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         stats = json.loads(path.read_bytes()) if path.exists() else {"own_colours": False}
-        if not stats["own_colours"]:
-            return list(MEAN), list(STD)
-        mean, std = ([float(stats[k][c]) for c in range(3)] for k in ("mean", "std"))
-        if min(std) <= 0:
-            raise ValueError
-        return mean, std
-    except (OSError, ValueError, LookupError, TypeError):
-        raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make "
-                      f"it again with data/prepare.py, or remove it.") from None
+        mean, std = (stats["mean"], stats["std"]) if stats["own_colours"] else (MEAN, STD)
+        if len(mean) == len(std) == 3 and min(std) > 0:
+            return list(mean), list(std)
+    raise Problem(f"{path} does not hold own_colours with mean and std of three channels; make it "
+                  f"again with data/prepare.py, or remove it.")
 
 def find_pictures(folder: Path) -> list[str]:
     """All pictures below a folder, at any depth, with any extension Pillow reads, in fixed order;
@@ -1028,7 +1008,7 @@ class Faces(Dataset):
 # SimCLR's list at strength 1: crop (above), flip with probability ½, with 0.8 a jitter of
 # brightness, contrast and saturation by factors from 0.2 to 1.8 and of the hue by up to 0.2 of a
 # turn, grey with 0.2, blur with ½. Each function does to a batch x (B, 3, H, W) in [0, 1] what
-# torchvision's function of that name does to one picture, with a factor for each image: f (B,).
+# torchvision's does to one picture, with a parameter for each image, f or sigma (B,).
 
 def grey(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R 601-2. (Sec. 4.1)"""
@@ -1038,18 +1018,6 @@ def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
     """f of x and 1 − f of the other, cut to [0, 1]: at f = 1 x itself, beyond 1 away from other."""
     f = f[:, None, None, None]
     return (f * x + (1 - f) * other).clamp(0, 1)
-
-def adjust_brightness(x: Tensor, f: Tensor) -> Tensor:
-    """Towards black. (Sec. 4.1, SimCLR)"""
-    return blend(x, 0.0, f)
-
-def adjust_contrast(x: Tensor, f: Tensor) -> Tensor:
-    """Towards the picture's mean grey. (Sec. 4.1, SimCLR)"""
-    return blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f)
-
-def adjust_saturation(x: Tensor, f: Tensor) -> Tensor:
-    """Towards the picture in grey. (Sec. 4.1, SimCLR)"""
-    return blend(x, grey(x), f)
 
 def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
     """Turns the hue by f of a circle, -0.5 to 0.5. (Sec. 4.1, SimCLR)"""
@@ -1065,8 +1033,13 @@ def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
     k = (torch.stack([hue + 5, hue + 3, hue + 1], dim=1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
+JITTER = (lambda x, f: blend(x, 0.0, f),  # brightness: to or from black
+          lambda x, f: blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f),  # contrast
+          lambda x, f: blend(x, grey(x), f),  # saturation
+          adjust_hue)
+
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Blurs image b by sigma[b] pixels, (B,); 0 leaves it as it is. (Sec. 4.1, SimCLR)
+    """Blurs image b by sigma[b] pixels; 0 leaves it as it is. (Sec. 4.1, SimCLR)
 
     kernel: taps, odd. A blur of the rows is a matrix K (H × H), mirrored borders and all, so the
     whole is K x Kᵀ: two batched products with one matrix per image, whatever each one's sigma."""
@@ -1081,8 +1054,6 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 
     rows, columns = matrix(x.shape[2])[:, None], matrix(x.shape[3])[:, None]
     return rows @ x @ columns.mT
-
-JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
     """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over the data. (Sec. B.1)"""
@@ -1189,7 +1160,6 @@ def steps_per_epoch(images: int, batch: int, partial: bool) -> int:
 @dataclass
 class World:
     """All that the rest of the file knows of processes: this one's rank, how many, its device."""
-
     rank: int
     size: int
     device: torch.device
@@ -1231,18 +1201,14 @@ def processes():
     dist.destroy_process_group()  # not in a `finally`: after a failure this would wait for ever
 
 def gather(world: World, x: Tensor) -> Tensor:
-    """(B, ...) of each process -> (W·B, ...), by rank; the gradient of all comes back to each."""
-    return x if world.size == 1 else torch.cat(all_gather(x.contiguous()))
-
-def deal(world: World, v: Tensor):
-    """MoCo's mixing: process r takes every W-th image from the r-th on; the way back. (Table 4)
-
-    No dice: the order of an epoch is random, so those that meet here are new every time."""
-    def back(z: Tensor) -> Tensor:
-        together = rearrange(gather(world, z), "(w b) d -> (b w) d", w=world.size)
-        return together[world.rank * len(z):][:len(z)]
-
-    return gather(world, v)[world.rank::world.size], back
+    """(B, ...) of each process -> (W·B, ...), by rank; x gets W times the gradient of its rows,
+    as if each process sent back its own, where all compute the same loss of the whole."""
+    if world.size == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world.size)]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[world.rank] = x.detach() + world.size * (x - x.detach())
+    return torch.cat(parts)
 
 def agree(world: World, make):
     """What `make()` returns in process 0, in every process; a Problem in it is raised in all."""
@@ -1263,9 +1229,8 @@ def agree(world: World, make):
 # ===== 4.1 Checkpoints =====
 
 def write_whole(path: Path, write) -> None:
-    """Lets `write(file)` fill a temporary file, which takes path's place once it is safe on disk.
-
-    A crash leaves the old file or the new one, never half of one. Raises Problem."""
+    """Lets `write(file)` fill a temporary file, which takes path's place once it is safe on disk:
+    a crash leaves the old file or the new one, never half of one. Raises Problem."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1301,8 +1266,8 @@ def load_file(path: Path) -> dict:
         reason = "no dict"
     except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
         reason = re.split(r"\n|\. ", str(error).strip())[0]
-    raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); make it again, "
-                  f"or move it away.")
+    raise Problem(f"{path} is not a checkpoint that can be loaded ({reason}); make it again, or "
+                  f"move it away.")
 
 def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> None:
     """Fills model and optimiser from a checkpoint. Raises Problem if they do not fit."""
@@ -1311,9 +1276,8 @@ def load_state(path: Path, saved: dict, model: nn.Module, optimizer=None) -> Non
         if optimizer is not None:
             optimizer.load_state_dict(saved["optimizer"])
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise Problem(f"{path} does not fit this model ({reason}); move it away or start over with "
-                      f"--fresh.") from None
+        raise Problem(f"{path} does not fit this model ({' '.join(str(error).split())[:300]}); "
+                      f"move it away or start over with --fresh.") from None
 
 # ===== 4.1 What is watched =====
 
@@ -1323,8 +1287,7 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)
 
 @torch.no_grad()
-def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
-                       rounds: int = 4) -> dict:
+def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD), rounds: int = 4) -> dict:
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
     images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch under random
@@ -1356,12 +1319,12 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD),
                 error_map=[round(v, 4) for v in error.mean(0).tolist()],
                 keep_map=[round(v, 4) for v in keep.mean(0).tolist()])
 
-class Status:
-    """Lines for people: one that rewrites itself on a terminal, one every few seconds elsewhere."""
-
-    def __init__(self, total: int, quiet: bool):
-        self.total, self.quiet, self.terminal = total, quiet, sys.stdout.isatty()
-        self.start(0)
+class Log:
+    """A status line for people, and log.jsonl with one JSON object a line. Process 0 alone shows
+    and writes. On a terminal the status line rewrites itself; elsewhere one comes every 5 s."""
+    def __init__(self, path: Path, total: int, active: bool):
+        self.path, self.total, self.active, self.terminal = path, total, active, sys.stdout.isatty()
+        self.sums, self.count = {}, 0  # of the values since the last line of log.jsonl
 
     def start(self, step: int) -> None:
         """Clocks start here: what came before counts for no rate."""
@@ -1371,26 +1334,20 @@ class Status:
     def show(self, step: int, text: str) -> None:
         """`text` with speed and time left, after `step` steps, if it is time for it."""
         now, ends = time.perf_counter(), step in (self.first_step + 1, self.total)
-        if self.quiet or not ends and now - self.last < (0.5 if self.terminal else 5.0):
+        if not self.active or not ends and now - self.last < (0.5 if self.terminal else 5.0):
             return
         self.last, spent = now, max(now - self.first_time, 1e-9)
-        left = spent / max(step - self.first_step, 1) * (self.total - step)
+        left = timedelta(seconds=round(spent / (step - self.first_step) * (self.total - step)))
         line = (f"step {step}/{self.total}  {text}  {self.images / spent:.0f} images/s  "
-                f"waiting {self.waited / spent:.0%}  left {timedelta(seconds=round(left))}")
+                f"waiting {self.waited / spent:.0%}  left {left}")
         if self.terminal:
             line = "\r\033[K" + line[:max(1, os.get_terminal_size().columns - 1)]
         print(line, end="" if self.terminal else "\n", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if not self.quiet:
+        if self.active:
             print(("\r\033[K" if self.terminal else "") + text, flush=True)
-
-class Log:
-    """One JSON object a line. Process 0 writes, the others do nothing."""
-
-    def __init__(self, path: Path, active: bool):
-        self.path, self.active, self.sums, self.count = path, active, {}, 0
 
     def add(self, step: int, epoch: int, rate: float, values: dict[str, float], due: bool) -> None:
         """Adds a step's values; where a line is due, the means since the last one are written."""
@@ -1402,7 +1359,7 @@ class Log:
             self.sums, self.count = {}, 0
 
     def write(self, record: dict) -> None:
-        """Raises Problem where the disk does."""
+        """Adds a line to log.jsonl. Raises Problem where the disk does."""
         try:
             if self.active:
                 with open(self.path, "a") as file:
@@ -1415,11 +1372,11 @@ class Log:
         """For a checkpoint: so the log of a run that goes on is that of one that did not stop."""
         return dict(bytes=self.path.stat().st_size, sums=self.sums, count=self.count)
 
-    def restore(self, state: dict) -> None:
+    def restore(self, bytes: int = 0, sums: dict = {}, count: int = 0) -> None:
         """Cuts off what was written after the checkpoint."""
         self.path.touch()
-        os.truncate(self.path, min(state["bytes"], self.path.stat().st_size))
-        self.sums, self.count = state["sums"], state["count"]
+        os.truncate(self.path, min(bytes, self.path.stat().st_size))
+        self.sums, self.count = sums, count
 
 # ===== 4.1 The loop =====
 
@@ -1434,7 +1391,6 @@ class Run:
     Pre-training and every evaluation are one of these, with their own model, pictures and step.
     trained: the part of the model that learns. suffix: tells the files of several runs in one
     folder apart. weights: as in `Batches`. more: what else must be equal for a run to go on."""
-
     shown: tuple[str, ...]  # what of a step's values the status line shows
     ignored = frozenset()  # settings that mean nothing to this kind of run
     partial = False  # whether an epoch's last, smaller batch is used
@@ -1443,43 +1399,41 @@ class Run:
     def __init__(self, s: Settings, world: World, faces: Faces, model: nn.Module,
                  trained: nn.Module, suffix: str = "", weights: Tensor | None = None, **more):
         self.s, self.world, self.faces, self.trained = s, world, faces, trained
-        self.warned, self.folder = set(), Path("runs", s.name)
+        self.warned, self.data, self.folder = set(), find_data(s.data), Path("runs", s.name)
         self.checkpoint = self.folder / f"checkpoint{suffix}.pt"
-        self.settings = {k: v for k, v in asdict(s).items() if k not in self.ignored}
-        self.colours = agree(world, lambda: colours_of(find_data(s.data)))
-        self.settings |= {"pictures": len(faces), "colours": list(self.colours)} | more
+        self.colours = agree(world, lambda: colours_of(self.data))
+        self.settings = {k: v for k, v in asdict(s).items() if k not in self.ignored} | dict(
+            pictures=len(faces), colours=list(self.colours), **more)
         # Departure 10: ⌊256/W⌋ images a process, 255 on three. The rate follows what is true.
-        batch = s.batch_size // world.size * world.size
-        if batch < 2 * world.size:
+        self.share = s.batch_size // world.size
+        batch = self.share * world.size
+        if self.share < 2:
             raise Problem(f"--batch-size {s.batch_size} leaves fewer than 2 images to each of "
                           f"{world.size} processes, and BatchNorm needs 2; raise it.")
         if len(faces) < batch and not self.partial:
-            raise Problem(f"{find_data(s.data)} has {len(faces)} pictures to train on, fewer than "
-                          f"a batch of {batch}; lower --batch-size or add pictures.")
+            raise Problem(f"{self.data} has {len(faces)} pictures to train on, fewer than a batch "
+                          f"of {batch}; lower --batch-size or add pictures.")
         # An epoch permutes the list of pictures: on other lists, processes would take other images.
-        names = "\n".join(os.path.basename(path) for path in faces.paths).encode()
-        digest = int.from_bytes(hashlib.blake2b(names, digest_size=7).digest(), "big")
+        digest = stream_of(*map(os.path.basename, faces.paths)).initial_seed()
         if len(gather(world, torch.tensor([digest], device=world.device)).unique()) > 1:
-            raise Problem(f"{find_data(s.data)} does not hold the same pictures for all processes; "
-                          f"copy it whole to every machine.")
-        self.rate, self.share = s.lr * batch / 256, batch // world.size
+            raise Problem(f"{self.data} does not hold the same pictures for all processes; copy it "
+                          f"whole to every machine.")
+        self.rate = s.lr * batch / 256
         self.model = model.to(world.device, memory_format=torch.channels_last)
-        cuda = world.device.type == "cuda"
+        fused = world.device.type == "cuda"
         self.optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad],
                                          lr=self.rate, momentum=s.momentum,
-                                         weight_decay=s.weight_decay, fused=cuda)
-        self.log = Log(self.folder / f"log{suffix}.jsonl", world.first)
-        saved, place = agree(world, self.find_checkpoint), (0, 0)  # process 0 alone sees the disk
+                                         weight_decay=s.weight_decay, fused=fused)
+        total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
+        self.log = Log(self.folder / f"log{suffix}.jsonl", total, world.first)
+        saved = agree(world, self.find_checkpoint)  # process 0 alone sees the disk
         if saved:
             load_state(self.checkpoint, saved, self.model, self.optimizer)
-            place = saved["place"]
             for group in self.optimizer.param_groups:  # whatever the checkpoint's machine was
-                group["fused"] = cuda
+                group["fused"] = fused
         agree(world, lambda: self.start_log(saved))
-        total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
-        self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size, *place,
-                               partial=self.partial, weights=weights)
-        self.status = Status(total, quiet=not world.first)
+        self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size,
+                               *(saved["place"] if saved else (0, 0)), self.partial, weights)
         self.wrapped = self.wrap()
 
     def find_checkpoint(self) -> dict | None:
@@ -1506,7 +1460,7 @@ class Run:
 
     def start_log(self, saved: dict | None) -> None:
         """Begins the log, or goes on with it. Raises Problem."""
-        self.log.restore(saved["log"] if saved else dict(bytes=0, sums={}, count=0))
+        self.log.restore(**saved["log"] if saved else {})
         if not saved:
             self.log.write({"settings": self.settings})
         elif saved["share"] != self.share:
@@ -1516,8 +1470,7 @@ class Run:
     def save(self, place: tuple[int, int]) -> None:
         """Writes the checkpoint: process 0 alone. Raises Problem."""
         state = dict(settings=self.settings, place=list(place), model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(), share=self.share,
-                     log=self.log.state())
+                     optimizer=self.optimizer.state_dict(), share=self.share, log=self.log.state())
         write_whole(self.checkpoint, lambda file: torch.save(state, file))
 
     def wrap(self) -> nn.Module:
@@ -1558,9 +1511,6 @@ class Run:
         """The share of the rate after this share of the way, by a cosine. Departure 5."""
         return 0.5 * (1 + math.cos(math.pi * progress))
 
-    def stepped(self) -> None:
-        """After every step of the optimiser."""
-
     def epoch_ends(self, epoch: int, step: int) -> None:
         """Before an epoch's checkpoint, and the last one's: process 0 alone."""
 
@@ -1600,15 +1550,15 @@ class Run:
         if not math.isfinite(values["loss"] + values["gradient"]):
             shown = ", ".join(f"{k} {values[k]:.4g}" for k in (*self.shown, "gradient")
                               if k in values)
-            step = self.batches.step(*place) + 1
-            raise Problem(f"loss or gradient is not finite in step {step}, epoch {place[0] + 1} "
-                          f"({shown}), so it was not taken, and the last checkpoint is good; a "
-                          f"lower --lr may help.")
+            raise Problem(f"loss or gradient is not finite in step {self.batches.step(*place) + 1},"
+                          f" epoch {place[0] + 1} ({shown}), so it was not taken, and the last "
+                          f"checkpoint is good; a lower --lr may help.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.stepped()
+        if hasattr(self.model, "update"):
+            self.model.update()
         return values
 
     def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
@@ -1620,12 +1570,13 @@ class Run:
                 print(f"\nsimfle: {faces.paths[index]} cannot be read.", file=sys.stderr,
                       flush=True)
         if unreadable > (max(1, len(faces) / 100) if faces.tries > 1 else 0):
-            raise Problem(f"{unreadable:.0f} pictures of {find_data(self.s.data)} cannot be read, "
-                          f"too many to go on; mend or remove those that are named above.")
+            raise Problem(f"{unreadable:.0f} pictures of {self.data} cannot be read, too many to "
+                          f"go on; mend or remove those that are named above.")
 
     def go(self) -> None:
-        """From where the run stands to its end. Raises Problem and Stopped."""
-        before_us = signal.signal(signal.SIGTERM, self.stop)
+        """From where the run stands to its end. Raises Problem."""
+        # A cluster takes the machine back by SIGTERM: all processes end after the same step.
+        before_us = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_stop", True))
         try:
             self.take_steps()
         finally:
@@ -1634,30 +1585,30 @@ class Run:
                 self.lock.close()
 
     def take_steps(self) -> None:
-        batches, status, world = self.batches, self.status, self.world
+        batches, log, world = self.batches, self.log, self.world
         step, unreadable = batches.step(batches.epoch, batches.done), 0.0
-        status.say(f"{self.checkpoint}: {len(self.faces):,} pictures of "
-                   f"{find_data(self.s.data)}, {batches.total:,} steps of {batches.batch} images "
-                   f"({world.size} × {self.share} on {world.device.type}), rate {self.rate:g}"
-                   + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
-                   + ("; complete, --fresh would start over" if step >= batches.total else ""))
+        log.say(f"{self.checkpoint}: {len(self.faces):,} pictures of {self.data}, "
+                f"{batches.total:,} steps of {batches.batch} images ({world.size} × {self.share} "
+                f"on {world.device.type}), rate {self.rate:g}"
+                + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
+                + ("; complete, --fresh would start over" if step >= batches.total else ""))
         loading = iter(self.loader(self.faces, batches))
         self.wrapped.train(self.model.training)
-        status.start(step)
+        log.start(step)
         for epoch, done in batches.places():
             step, before = batches.step(epoch, done), time.perf_counter()
             batch = next(loading)
-            status.waited += time.perf_counter() - before
-            if world.size > 1 and step == status.first_step:
+            log.waited += time.perf_counter() - before
+            if world.size > 1 and step == log.first_step:
                 self.rehearse(batch, (epoch, done))
             rate = self.rate * self.schedule(step / batches.total)
             values = self.step(batch, (epoch, done), rate)
-            step, status.images = step + 1, status.images + len(batch["index"]) * world.size
+            step, log.images = step + 1, log.images + len(batch["index"]) * world.size
             unreadable = values.pop("unreadable") + (unreadable if done else 0)
             self.check_pictures(self.faces, batch, unreadable)
             stop, last = values.pop("stop") > 0, step == batches.total
-            self.log.add(step, epoch, rate, values, step % self.s.log_every == 0 or last)
-            status.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  " + "  ".join(
+            log.add(step, epoch, rate, values, step % self.s.log_every == 0 or last)
+            log.show(step, f"epoch {epoch + 1}  rate {rate:.4f}  " + "  ".join(
                 f"{k} {values[k]:.3f}" for k in self.shown if k in values))
             done += batches.batch
             ends = batches.ends(done) or last
@@ -1667,12 +1618,8 @@ class Run:
             if world.first and (ends or stop or due):
                 self.save((epoch, done))
             if stop and not last:
-                raise Stopped(f"stopped after step {step:,} of {batches.total:,}; the same command "
-                              f"goes on from there.")
-
-    def stop(self, *_) -> None:
-        """A cluster takes the machine back (SIGTERM): all processes end after the same step."""
-        self.told_to_stop = True
+                raise Problem(f"stopped after step {step:,} of {batches.total:,}; the same command "
+                              f"goes on from there.", code=143)
 
 # ===== 4.1 Pre-training =====
 
@@ -1700,12 +1647,11 @@ def draw_toy_faces(s: Settings, world: World) -> None:
 
 class Pretraining(Run):
     """SimFLE on pictures without labels. (Sec. 4.1)"""
-
     shown, ignored = ("L_s", "L_r", "L_d", "L_g", "spread"), frozenset(("labels",))
 
     def __init__(self, s: Settings, world: World):
         paths, self.aside = split_pictures(s)
-        model = build_model(s, partial(gather, world), partial(deal, world))
+        model = build_model(s, world)
         if s.sync_bn:
             if world.device.type != "cuda":
                 raise Problem("--sync-bn works on GPUs only; leave it out.")
@@ -1713,28 +1659,27 @@ class Pretraining(Run):
         dice = model.ffl.masking.draws if model.ffl is not None else 0
         super().__init__(s, world, Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed, dice),
                          model, trained=model)
-        self.images = None  # set aside, read when they are first needed
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         with torch.no_grad(), full_precision(batch["dice"]):
             inputs = prepare(batch, (self.s.seed, *place), self.colours)
         return self.wrapped(*inputs)
 
-    def stepped(self) -> None:
-        self.model.update()
+    @functools.cached_property
+    def images(self) -> Tensor:
+        """Those set aside, read when they are first needed."""
+        faces = Faces(self.aside, 1, 1, 1, 0)
+        return torch.stack([TF.pil_to_tensor(TF.resize(faces.read(i)[0], self.faces.ffl_size))
+                            for i in range(len(faces))])
 
     def epoch_ends(self, epoch: int, step: int) -> None:
         if not self.aside or self.model.ffl is None:
             return
-        if self.images is None:
-            self.images = torch.stack([
-                TF.pil_to_tensor(TF.resize(picture, self.faces.ffl_size)) for picture, _ in
-                map(Faces(self.aside, 1, 1, 1, 0).read, range(len(self.aside)))])
         measured = measure_refinement(self.model, self.images, self.colours)
         self.log.write(dict(step=step, epoch=epoch + 1, refinement=measured))
-        self.status.say(f"epoch {epoch + 1} done; error and keep frequency correlate by "
-                        f"{measured['positions']:+.2f} over positions, "
-                        f"{measured['within_image']:+.2f} within an image")
+        self.log.say(f"epoch {epoch + 1} done; error and keep frequency correlate by "
+                     f"{measured['positions']:+.2f} over positions, "
+                     f"{measured['within_image']:+.2f} within an image")
 
     def save(self, place: tuple[int, int]) -> None:
         backbone = self.model.backbone.resnet.state_dict()
@@ -1750,15 +1695,12 @@ class Pretraining(Run):
 #     finetune    B.3, B.4   trains everything, from the linear result of the run's own data, on
 #                            that data (B.3) or on other data with the same classes (B.4)
 
-def class_folders(folder: Path) -> list[str]:
-    """The classes of a split: the names of its folders, sorted. Raises Problem."""
+def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
+    """The classes, which are the names of a split's folders, sorted; the paths of all pictures and
+    their labels. Raises Problem."""
     if not folder.is_dir():
         raise Problem(f"{folder} is missing; an evaluation reads train/CLASS/ and val/CLASS/.")
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
-
-def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """The classes, the paths of all pictures and their labels, of one split. Raises Problem."""
-    classes = class_folders(folder)
+    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
     if len(classes) < 2:
         raise Problem(f"{folder} needs two class folders or more, not {len(classes)}.")
     found = [find_pictures(folder / name) for name in classes]
@@ -1776,7 +1718,6 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
 class LabelledFaces(Faces):
     """Pictures with labels. faces[epoch, index, weight] -> a dict of scalars and image (3, 224,
     224) uint8: a random crop, flipped or not; with `crop_min` None the whole picture. (Sec. B)"""
-
     tries = 1  # the next picture may have another label: a black one takes its place
 
     def __init__(self, paths: list[str], labels: list[int], size: int, crop_min, seed: int):
@@ -1796,7 +1737,6 @@ class LabelledFaces(Faces):
 
 class Head(nn.Linear):
     """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)"""
-
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
             return super().forward(x.float())
@@ -1827,14 +1767,11 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
     class names; without one, `net` keeps its random head. (Sec. B) Raises Problem."""
     run, tune, origin, saved = run_settings(s.name), s.eval == "finetune", s.init, net.state_dict()
     if s.init == "imagenet":
-        if s.arch not in torchvision.models.list_models():
-            raise Problem(f"torchvision has no ImageNet weights for --arch {s.arch}; give another "
-                          f"--arch or another --init.")
         try:
             saved = torchvision.models.get_model(s.arch, weights="IMAGENET1K_V1").state_dict()
-        except Exception as error:  # no network, no space
-            raise Problem(f"ImageNet weights for {s.arch} could not be had ({error}); download "
-                          f"them to torch's hub folder, or give another --init.") from None
+        except Exception as error:  # an unknown net, no network, no space
+            raise Problem(f"no ImageNet weights for --arch {s.arch} could be had ({error}); give "
+                          f"another --arch or --init, or put them into torch's hub folder.") from None
     elif s.init != "random":
         own = Path("runs", s.name, f"linear-{run['data_name']}.pt" if tune else "backbone.pt")
         path, backbone = Path(s.init or own), own.with_name("backbone.pt")
@@ -1854,8 +1791,8 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
                           f"{', '.join(classes)}; name the classes alike, or give another --init.")
         head = {k: state[k][[saved["classes"].index(name) for name in classes]] for k in head}
     elif tune:
-        raise Problem(f"{origin} has no head to fine-tune; make one with --eval, or use "
-                      f"--eval semi --labels 1.0.")
+        raise Problem(f"{origin} has no head to fine-tune; make one with --eval, or use --eval "
+                      f"semi --labels 1.0.")
     try:
         net.load_state_dict(state | head)
     except RuntimeError as error:
@@ -1866,7 +1803,6 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
 class Evaluation(Run):
     """One protocol on one dataset: leaves a classifier, PROTOCOL-DATA.pt, and its accuracy,
     eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B)"""
-
     shown, partial = ("loss", "accuracy"), True
     ignored = frozenset(
         "ffl_size hidden outputs gfl ffl connection queue tau groups grouping mask_ratio "
@@ -1951,8 +1887,8 @@ class Evaluation(Run):
         """Trains, tests the last epoch's weights, writes the files and tells. Raises Problem."""
         super().go()
         s, (mean, std), path = self.s, self.colours, self.folder / f"{self.tag}.pt"
-        result = summary(self.confusion(), self.classes)
-        result |= dict(protocol=s.eval, settings=self.settings, reported="last epoch")
+        result = summary(self.confusion(), self.classes) | dict(
+            protocol=s.eval, settings=self.settings, reported="last epoch")
         if self.world.first:
             saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
                          classes=self.classes, mean=mean, std=std, arch=s.arch, size=s.view_size,
@@ -1961,13 +1897,13 @@ class Evaluation(Run):
             write_whole(path.with_name(f"eval-{self.tag}.json"),
                         lambda file: file.write(json.dumps(result, indent=1).encode()))
             right, wide = result["per_class"], max(map(len, self.classes))
-            self.status.say(
+            self.log.say(
                 f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after "
                 f"the last epoch; mean of the classes {result['mean_accuracy']:.2f} %\n"
                 f"{'':{wide}}    right   taken for: " + "  ".join(f"{k[:8]:>8}" for k in right))
             for name, row in zip(right, result["confusion"]):
-                self.status.say(f"{name:{wide}}  {right[name]:5.1f} %{'':14}"
-                                + "  ".join(f"{n:8}" for n in row))
+                self.log.say(f"{name:{wide}}  {right[name]:5.1f} %{'':14}"
+                             + "  ".join(f"{n:8}" for n in row))
         return result
 
 def summary(confusion: Tensor, classes: list[str]) -> dict:
@@ -2000,7 +1936,6 @@ def evaluate(s: Settings, world: World) -> dict:
 
 class GFLAlone(nn.Module):
     """One branch only; I and u are not used. (Table 3 a, Table 1)"""
-
     backbone, update = SimFLE.backbone, SimFLE.update
 
     def __init__(self, gfl: nn.Module, ffl: FaceMAE | None = None, beta: float = 0.03):
@@ -2014,7 +1949,6 @@ class GFLAlone(nn.Module):
 class DirectSimFLE(GFLAlone):
     """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
     the backbone too, through the grouping layer. (Table 3 b)"""
-
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor, u=None) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         L_r, _, L_g, D2_between, D2_within = self.ffl(self.backbone(I)[0], I, u)
@@ -2025,7 +1959,6 @@ class RandomMasking(SemanticMasking):
     """Masks at random: u (B, 49) are the scores. The grouping layer and L_g stay, for the same
     arithmetic as the paper counts; they train each other, and nothing else learns from them.
     (Table 3 c)"""
-
     def __init__(self, *settings):
         super().__init__(*settings)
         self.draws = (self.image_size // self.patch)**2
@@ -2041,11 +1974,9 @@ MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
 # SimSiam shows that BYOL's target needs no inertia, only that it gets no gradient. In the others a
 # view must find the other view of its face (the positive) among those of other faces (the
 # negatives), and cannot while all are one point. MoCo keeps its negatives in a queue, SimCLR takes
-# them from the batch, both from all W processes: gather (B, ...) -> (W·B, ...) joins their tensors.
+# them from the batch, both from all W processes.
 
-def alone(x: Tensor) -> Tensor:
-    """`gather` where there is one process."""
-    return x
+ALONE = World(0, 1, torch.device("cpu"))
 
 def two_layers(inputs: int, outputs: int) -> nn.Sequential:
     """The head of SimCLR and MoCo v2: without BatchNorm. (Table 4)"""
@@ -2057,7 +1988,6 @@ class SimSiam(nn.Module):
 
     A prediction aims at the online stream's own projection of the other view, held constant. L_s is
     1 − cos, averaged over both orders: SimSiam's loss plus 1."""
-
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
         self.online = Stream(backbone, nn.Sequential(
@@ -2067,9 +1997,9 @@ class SimSiam(nn.Module):
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
-        loss = (similarity_loss(self.predictor(z1), z2.detach())
-                + similarity_loss(self.predictor(z2), z1.detach())) / 4
-        return loss, [h1, h2], z1
+        L_s = (similarity_loss(self.predictor(z1), z2.detach())
+               + similarity_loss(self.predictor(z2), z1.detach())) / 4
+        return L_s, [h1, h2], z1
 
     def update(self) -> None:
         """There is no target."""
@@ -2079,16 +2009,11 @@ class MoCo(nn.Module):
 
     The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
     of earlier batches, in a queue that is the same in every process. Only v1 is seen with gradient,
-    so L_d has two vectors, z_m and z_v1: nothing can be distilled into the target's.
-
-    deal: v (B, ...) -> as many images of all processes, mixed, and a function that puts what was
-    computed of them back in place. That is shuffling BatchNorm: a query would know its key by the
-    statistics of the batch that both were normalised with. One process has none to mix with."""
-
+    so L_d has two vectors, z_m and z_v1: nothing can be distilled into the target's."""
     def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128, queue: int = 65_536,
-                 t: float = 0.07, tau: float = 0.999, gather=alone, deal=lambda v: (v, alone)):
+                 t: float = 0.07, tau: float = 0.999, world: World = ALONE):
         super().__init__()
-        self.t, self.tau, self.gather, self.deal = t, tau, gather, deal
+        self.t, self.tau, self.world = t, tau, world
         self.online = Stream(backbone, head(backbone.channels, outputs))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         # Departure 15: empty at first. No face is like the random directions of MoCo's authors, and
@@ -2100,21 +2025,25 @@ class MoCo(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         z1, h1 = self.online(v1)
         with torch.no_grad():
-            mixed, back = self.deal(v2)
-            self.keys = F.normalize(back(self.target(mixed)[0]).float(), dim=1)  # see `update`
+            # Shuffling BatchNorm: process r makes the keys of every W-th image from the r-th on. A
+            # query would know its own by the batch whose statistics have normalised both.
+            W, r, B = self.world.size, self.world.rank, len(v1)
+            mixed = self.target(gather(self.world, v2)[r::W])[0]
+            keys = rearrange(gather(self.world, mixed), "(w b) d -> (b w) d", w=W)  # (W·B, 128)
+            self.keys = F.normalize(keys.float(), dim=1)  # see `update`
         with full_precision(z1):
-            q = F.normalize(z1.float(), dim=1)
-            positive, empty = (q * self.keys).sum(dim=1, keepdim=True), (self.queue == 0).all(dim=1)
+            q, k = F.normalize(z1.float(), dim=1), self.keys[r * B:][:B]
+            positive, empty = (q * k).sum(dim=1, keepdim=True), (self.queue == 0).all(dim=1)
             negative = (q @ self.queue.T).masked_fill(empty, -math.inf)  # (B, 65536)
             logits = torch.cat([positive, negative], dim=1) / self.t
-            right = torch.zeros(len(q), dtype=torch.long, device=q.device)
+            right = torch.zeros(B, dtype=torch.long, device=q.device)
             return F.cross_entropy(logits, right), [h1], z1
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the target; this step's keys of all processes take the place of the oldest."""
         ema_update(self.target, self.online, self.tau)
-        keys, size = self.gather(self.keys), len(self.queue)
+        keys, size = self.keys, len(self.queue)
         place = self.next + torch.arange(len(keys), device=keys.device)
         self.queue[place[-size:] % size] = keys[-size:]  # round and round, whatever the batch
         self.next.copy_((self.next + len(keys)) % size)
@@ -2122,19 +2051,19 @@ class MoCo(nn.Module):
 class SimCLR(nn.Module):
     """GFL by SimCLR (Chen et al., 2020). (Table 4)
 
-    Every process computes the loss of the whole batch. Through `gather` each gets the gradient of
-    all these equal losses, W times that of one; DistributedDataParallel divides it by W again."""
-
+    Every process computes the loss of the whole batch. Through `gather` it gets W times the
+    gradient of its own images, which DistributedDataParallel divides by W again."""
     update = SimSiam.update
 
-    def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1, gather=alone):
+    def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1,
+                 world: World = ALONE):
         super().__init__()
-        self.t, self.gather = t, gather
+        self.t, self.world = t, world
         self.online = Stream(backbone, two_layers(backbone.channels, outputs))
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         (z1, h1), (z2, h2) = self.online(v1), self.online(v2)
-        return nt_xent(self.gather(z1), self.gather(z2), self.t), [h1, h2], z1
+        return nt_xent(gather(self.world, z1), gather(self.world, z2), self.t), [h1, h2], z1
 
 def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
     """SimCLR's loss, (): every view must find its other one among all 2B − 1, averaged over the 2B
@@ -2148,385 +2077,25 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
 # SimSiam's 2048 and 512 are a half and an eighth of `hidden`, the others' 128 a half of `outputs`:
 # so they shrink with the laptop preset.
 GFLS = {
-    "byol": lambda s, b, *how: BYOL(b, s.hidden, s.outputs, s.tau),
-    "simsiam": lambda s, b, *how: SimSiam(b, s.hidden // 2, s.hidden // 8),
-    "moco": lambda s, b, *how: MoCo(b, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, *how),
-    "mocov2": lambda s, b, *how: MoCo(b, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, *how),
-    "simclr": lambda s, b, gather, deal: SimCLR(b, s.outputs // 2, 0.1, gather),
+    "byol": lambda s, b, world: BYOL(b, s.hidden, s.outputs, s.tau),
+    "simsiam": lambda s, b, world: SimSiam(b, s.hidden // 2, s.hidden // 8),
+    "moco": lambda s, b, world: MoCo(b, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, world),
+    "mocov2": lambda s, b, world: MoCo(b, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, world),
+    "simclr": lambda s, b, world: SimCLR(b, s.outputs // 2, 0.1, world),
 }
 
-# ================================ Part V: figures ================================
-#
-# The paper's figures of a run; with `--init random` its masks and reconstructions before training.
-# They show pictures of val/, or where there is none, of the folder.
-
-# ===== 4.4 Drawing =====
-
-GAP, LINE = 6, 18  # pixels between cells, and of a line of text
-
-def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la",
-          colour: str = "black") -> None:
-    """Text at a place; anchor as in Pillow."""
-    ImageDraw.Draw(picture).text((x, y), text, colour, ImageFont.load_default(size), anchor)
-
-def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Image:
-    """(h, w) numbers as a picture of squares: dark blue is low or NaN, yellow is high. (ours)"""
-    share = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
-    picture = ImageOps.colorize(TF.to_pil_image(share), "#28145a", "#fae63c", mid="#28968c")
-    return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
-
-def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image.Image:
-    """A face (3, H, W) in [0, 1], under its attention (H, W), over two lines of text if any."""
-    face = TF.to_pil_image(x).resize((112, 112), Image.Resampling.BOX)
-    if cam is not None:
-        face = Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
-    if text is not None:
-        face = ImageOps.expand(face, (0, 0, 0, 2 * LINE), "white")
-        write(face, 0, 114, text, 12)
-    return face
-
-def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
-          columns: list[str] = (), note: str = "") -> Image.Image:
-    """Pictures of one size in rows with names, columns with names, and a note."""
-    draw, (w, h), top = ImageDraw.Draw(rows[0][0]), rows[0][0].size, (2 + bool(columns)) * LINE
-    left, wide = (round(2 * GAP + draw.textbbox((0, 0), "\n".join(lines),
-                                                ImageFont.load_default(size))[2])
-                  for lines, size in ((names, 13), ((title, note), 17)))
-    picture = Image.new("RGB", (max(left + max(map(len, rows)) * (w + GAP), wide),
-                                top + len(rows) * (h + GAP) + 2 * LINE * bool(note)), "white")
-    write(picture, GAP, GAP, title, 17)
-    write(picture, GAP, picture.height - LINE, note, 12)
-    for c, name in enumerate(columns):
-        write(picture, left + c * (w + GAP) + w / 2, top - LINE, name, 12, "ma")
-    for r, (row, name) in enumerate(zip_longest(rows, names, fillvalue="")):
-        write(picture, GAP, top + r * (h + GAP) + h / 2, name, anchor="lm")
-        for c, one in enumerate(row):
-            picture.paste(one, (left + c * (w + GAP), top + r * (h + GAP)))
-    return picture
-
-def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
-    """A curve through points (x, y) at equal distances; what is not finite is left out."""
-    x, y = zip(*[p for p in points if math.isfinite(p[1])] or [(0, 0.0)])
-    last, low, high = len(x) - 1, min(y), max(y)
-    at = [(70 + 320 * i / max(1, last), 160 - 120 * (v - low) / (high - low or 1))
-          for i, v in enumerate(y)]
-    picture = Image.new("RGB", (420, 190), "white")
-    draw = ImageDraw.Draw(picture)
-    write(picture, GAP, GAP, title, 14)
-    for k in range(5):
-        i, height = round(k / 4 * last), 160 - 30 * k
-        draw.line([(70, height), (390, height)], "#dddddd")
-        write(picture, 65, height, f"{low + k / 4 * (high - low):.4g}", 12, "rm")
-        write(picture, at[i][0], 165, f"{x[i]:,}", 12, "ma")
-    draw.line(at, "#1f5fa8", 2)
-    for u, v in at if last < 20 else ():
-        draw.ellipse([u - 3, v - 3, u + 3, v + 3], "#1f5fa8")
-    return picture
-
-def read_faces(paths: list[str], size: int) -> Tensor:
-    """Pictures as (B, 3, size, size) in [0, 1]; black where one cannot be read."""
-    faces = LabelledFaces(paths, [0] * len(paths), size, None, 0)
-    return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(paths))]) / 255
-
-# ===== 4.4 Masks and reconstructions =====
-
-@torch.no_grad()
-def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor, Tensor]:
-    """x (B, 3, 112, 112) in [0, 1], u as in `SemanticMasking` -> x with the masked patches grey;
-    what the autoencoder makes of that, the visible patches pasted back. (Fig. 4) With `norm_pix`
-    it guesses a patch's pattern, not its light: mean and deviation are the original's."""
-    ffl, mae, I = model.ffl, model.ffl.mae, normalise(x, colours)
-    _, keep, mask = ffl.masking(ffl.grouping(model.backbone(I)[0]), u)
-    masked, patches = mask[:, :, None] > 0, mae.patchify(I)
-    guess = mae.decode(mae.encode(patches, keep), keep)
-    if mae.norm_pix:
-        var, mean = torch.var_mean(patches, dim=2, keepdim=True)
-        guess = guess * (var + PIXEL_EPS).sqrt() + mean
-    mean, std = (torch.tensor(c)[:, None, None] for c in colours)
-    whole = mae.unpatchify(torch.where(masked, guess, patches)) * std + mean
-    return mae.unpatchify(torch.where(masked, 0.5, mae.patchify(x))), whole.clamp(0, 1)
-
-def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
-    """Three faces masked eight times each, and eight with their reconstructions. (Fig. 4 a, b)"""
-    # Semantic masking takes its group from the first number, random masking its scores from all.
-    u = torch.rand(8, model.ffl.mae.grid**2, generator=stream_of("figures"))
-    u[:, 0] = torch.arange(8) / 8
-    above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), u, colours)[0])
-             for face in x[:3]]
-    below = [x, *reconstruct(model, x, u[:len(x)], colours)]
-    names = (["one draw"] * 8 if model.ffl.masking.draws > 1 else
-             [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()])
-    light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
-    return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)",
-                           [[cell(p) for p in row] for row in above],
-                           columns=["original", *names], note="Grey patches are masked."),
-            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)",
-                                     [[cell(p) for p in row] for row in below],
-                                     ["original", "masked", "reconstructed"],
-                                     note="Visible patches are pasted back." + light)}
-
-def figure_refinement(records: list[dict]) -> Image.Image | None:
-    """Reconstruction error and keep frequency over the epochs that the log holds. (Fig. 3)"""
-    if not (records := [r for r in records if "refinement" in r]):
-        return None
-    few = [records[i] for i in torch.linspace(0, len(records) - 1, min(8, len(records))).int()]
-    rows, names = [], []
-    for key, name in (("error_map", "error under random masks"), ("keep_map", "share kept")):
-        maps = torch.tensor([r["refinement"][key] for r in few])
-        side, low, high = math.isqrt(maps.shape[1]), maps.min().item(), maps.max().item()
-        rows.append([heat(m.reshape(side, side), low, high) for m in maps])
-        names.append(f"{name}\ndark blue: {low:.3g}\nyellow: {high:.3g}")
-    return sheet("Does the masking keep what is hard? (Fig. 3)", rows, names,
-                 [f"epoch {r['epoch']}" for r in few])
-
-# ===== 4.4 Attention and numbers =====
-
-def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
-    """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM) A (B, c′, h, w): the last map;
-    gradient (B, c′): of the class's logit, summed over A's positions; behind a mean and a linear
-    layer, the layer's row of the class. Returns (B, size, size) from 0 to 1."""
-    cam = torch.einsum("bk,bkhw->bhw", gradient, A).relu()[:, None]
-    cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]
-    return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-
-def classifier(path: Path):
-    """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
-    classes they are taken for, attention for those (B, H, W). Raises Problem."""
-    if not path.exists():
-        raise Problem(f"{path} is missing; with --figures, --init is random or a classifier that "
-                      f"--eval has made.")
-    saved = load_file(path)
-    if (not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}
-            or saved["arch"] not in RESNETS):
-        raise Problem(f"{path} is no classifier of --eval with a backbone of RESNETS; give one "
-                      f"with --init.")
-    net = RESNETS[saved["arch"]]().eval()
-    net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
-    net.load_state_dict(saved["model"])
-
-    @torch.no_grad()
-    def look(paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
-        x = read_faces(paths, saved["size"])
-        A = feature_map(net, normalise(x, (saved["mean"], saved["std"])))
-        label = net.fc(A.mean(dim=(2, 3))).argmax(dim=1)
-        return (x, [saved["classes"][k] for k in label],
-                grad_cam(A, net.fc.weight[label], saved["size"]))
-    return look
-
-def find_classifier(s: Settings, name: str) -> Path | None:
-    """--init for the run itself; else a run's own: of this data before others, linear first."""
-    if name == s.name and s.init:
-        return Path(s.init)
-    data, found = Path(s.data).resolve().name, []
-    for path in Path("runs", name).glob("eval-*.json"):
-        made = json.loads(path.read_bytes())["settings"]
-        if Path(made["init"] or path).resolve().parent == path.parent.resolve():  # no other net's
-            found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
-                          path.name, path.with_name(path.stem.removeprefix("eval-") + ".pt")))
-    return min(found, default=[None])[-1]
-
-def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Image:
-    """Grad-CAM for some pictures (path, class or None), a row for each run. (Figs. 1, 6, 8)"""
-    paths, classes = zip(*pictures)
-    seen = [look(paths) for look in looks.values()]
-    rows = [[cell(x, text=f"is\n{true}" if true else "") for x, true in zip(seen[0][0], classes)]]
-    rows += [[cell(x, cam, f"taken for\n{guess}") for x, guess, cam in zip(*one)] for one in seen]
-    return sheet(title, rows, ["picture", *looks],
-                 note="Yellow speaks most for the class it was taken for, dark blue not at all; "
-                      "each picture has its own scale.")
-
-def figure_confusion(result: dict, name: str) -> Image.Image:
-    """Rows are what pictures are, columns what they were taken for, in percent. (Fig. 7)"""
-    counts, names, rows = torch.tensor(result["confusion"]).float(), list(result["per_class"]), []
-    for row in 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1):
-        rows.append([heat(v.reshape(1, 1), 0, 100, 84) for v in row])
-        for one, v in zip(rows[-1], row.tolist()):
-            write(one, 42, 42, f"{v:.1f}", 14, "mm", "black" if v > 60 else "white")
-    return sheet(f"{name}: rows are the class, columns what it was taken for, % (Fig. 7)", rows,
-                 names, [n[:14] for n in names],
-                 note=f"accuracy {result['accuracy']:.2f} %, mean of the classes "
-                      f"{result['mean_accuracy']:.2f} %, {result['images']} images")
-
-def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
-    """Linear accuracy against α or β: for each value the mean over the runs that were pre-trained
-    as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
-    points, same = defaultdict(list), own.keys() - FREE - {key, "seed", "data"}
-    for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
-        settings = run_settings(path.parent.name)
-        if all(settings.get(k) == own[k] for k in same):
-            points[settings.get(key)].append(json.loads(path.read_bytes())["accuracy"])
-    curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
-    return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
-
-def figure_curves(records: list[dict]) -> Image.Image | None:
-    """What the log holds, over the steps, and the refinement's correlations, over the epochs."""
-    curves = defaultdict(list)
-    for r in records:
-        what, by = ("correlation (Fig. 3), ", "epoch") if "refinement" in r else ("", "step")
-        for k, v in r.get("refinement", r).items():
-            if isinstance(v, float):
-                curves[f"{what}{k}, by {by}"].append((r[by], v))
-    plots = [plot(*one) for one in curves.items()]
-    return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
-
-# ===== 4.4 All of them =====
-
-def some_pictures(s: Settings, count: int) -> list[tuple[str, str | None]]:
-    """Pictures with their classes from val/, class after class in turn; else any, with None."""
-    folder = find_data(s.data)
-    val = folder / "val"
-    if not val.is_dir() or not class_folders(val):
-        return [(p, None) for p in find_pictures(val if val.is_dir() else folder)[:count]]
-    classes, paths, labels = labelled_pictures(val)
-    order = torch.randperm(len(paths), generator=stream_of(s.seed, "figures")).tolist()
-    turns = zip_longest(*([i for i in order if labels[i] == k] for k in range(len(classes))))
-    chosen = [i for turn in turns for i in turn if i is not None]
-    return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
-
-def figures_of(s: Settings, folder: Path, own: dict, records: list[dict]):
-    """Names and pictures of all that there is to draw; None for what there is too little of."""
-    known, data = asdict(s).keys() - {"data", "name"}, Path(s.data).resolve().name
-    model = build_model(replace(s, **{k: v for k, v in own.items() if k in known})).eval()
-    if records:
-        yield "curves", figure_curves(records)
-        yield "refinement", figure_refinement(records)
-        for path in sorted(folder.glob("eval-*.json")):
-            name = path.stem.removeprefix("eval-")
-            yield f"confusion-{name}", figure_confusion(json.loads(path.read_bytes()), name)
-        yield from ((key, figure_sweep(key, own, data)) for key in ("alpha", "beta"))
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            raise Problem(f"{path} is not written yet, at the end of the first epoch it will be; "
-                          f"only what the log holds is drawn.")
-        load_state(path, load_file(path), model)
-    pictures, looks = some_pictures(s, 512), {}
-    if model.ffl is not None:
-        x = read_faces([p for p, _ in pictures[:8]], model.ffl.masking.image_size)
-        colours = own.get("colours") or colours_of(find_data(s.data))
-        yield from figures_masks(model, x, colours).items()
-    for name in (s.name, *s.compare) if records else ():
-        if path := find_classifier(s, name):
-            looks[f"{name}\n{path.stem}"] = classifier(path)
-        else:
-            print(f"runs/{name} " + ("has no classifier, make one with --eval" if Path(
-                "runs", name).is_dir() else "does not exist") + ": its attention is not drawn.")
-    if looks:
-        title, look = "Where the classifier looks (Figs. 1, 6, 8)", next(iter(looks.values()))
-        yield "attention", figure_attention(title, looks, pictures[:8])
-        wrong = ((path, true) for path, true in pictures if true and look([path])[1] != [true])
-        if wrong := list(islice(wrong, 8)):
-            yield "mistakes", figure_attention("Taken for another class (Fig. 8 b)", looks, wrong)
-
-def draw_figures(s: Settings) -> None:
-    """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
-    folder, records, state, suffix = Path("runs", s.name), [], "untrained", "-untrained"
-    own = (run_settings if s.init == "random" else known_run)(s.name)
-    if s.init != "random":
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the run may be writing its last line
-                records.append(json.loads(line))
-        state, suffix = f"epoch {max(r.get('epoch', 0) for r in records)}", ""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, picture in figures_of(s, folder, own, records):
-        if picture is not None:
-            path = folder / "figures" / f"{name}{suffix}.png"
-            picture = ImageOps.expand(picture, (0, 0, 0, LINE), "white")
-            write(picture, GAP, picture.height - LINE, f"{s.name}, {state}", 12, "la", "grey")
-            write_whole(path, lambda file: picture.save(file, "PNG"))
-            print(path)
-
-# ================================ Benchmark ================================
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
-    """Appends to seconds[name] the time of the `with` block, or of each call of the function that
-    it decorates."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    yield
-    wait()
-    seconds[name].append(time.perf_counter() - start)
-
-def loader_rates(run: Run, seconds: float) -> dict[int, float]:
-    """Images a second that loading processes hand over, by their number: 1, 2, 4 to all cores."""
-    rates = {}
-    for workers in sorted({min(2**i, run.cores()) for i in range(12)}):
-        run.s = replace(run.s, workers=workers)
-        loading, images, spent = iter(run.loader(run.faces, run.batches)), 0, 0.0
-        list(islice(loading, 4 * workers))  # what may stand ready before the clock starts
-        start = time.perf_counter()
-        while spent < seconds:  # whole rounds: the batches of one come almost at once
-            images += sum(len(batch["index"]) for batch in islice(loading, workers))
-            spent = time.perf_counter() - start
-        rates[workers] = images / spent
-        del loading
-    return rates
-
-def benchmark(s: Settings, world: World) -> None:
-    """Prints what loader and step do in a second, part by part. Trains nothing, keeps nothing.
-
-    Means of as many steps as fit five seconds, the first left out: whole steps as in training, then
-    their parts, the device waited for before and after each."""
-    run = Pretraining(replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0), world)
-    batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
-    model, seconds, cuda = run.model.train(), defaultdict(list), world.device.type == "cuda"
-    clock, take = partial(timed, seconds, world.device), partial(run.step, batch, (0, 0), 0.0)
-    with FlopCounterMode(display=False) as counter:  # without --compile; so once more, with it
-        take()
-    take()
-    with clock("trial"):
-        take()
-    steps = agree(world, lambda: max(3, int(5 / seconds["trial"][0])))  # the same for all processes
-    with clock("whole"):
-        for _ in range(steps):
-            take()
-    step = seconds["whole"][0] / steps
-    for name, module in (("target", getattr(model.gfl, "target", None)), ("FaceMAE", model.ffl)):
-        if module is not None:
-            module.forward = clock(f"of forward: {name}")(module.forward)
-    for taken in range(steps + 1):
-        if taken == 1:
-            seconds.clear()  # with --compile, the modules that got a clock were compiled anew
-        moved = {k: v.to(world.device) for k, v in batch.items()}
-        with clock("views"), torch.no_grad():
-            inputs = prepare(moved, (s.seed, 0, 0), run.colours)
-        with clock("forward"), run.mixed_precision():
-            loss = run.wrapped(*inputs)["loss"]
-        with clock("backward"):
-            loss.backward()
-        with clock("optimiser, EMA"):
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            run.stepped()
-    if world.first:
-        images, macs = run.batches.batch, counter.get_total_flops() / 2
-        memory = (torch.cuda.max_memory_allocated() if cuda else math.nan if resource is None else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                  * (1 if sys.platform == "darwin" else 1024))
-        parts = {f"  {part}": 1000 * sum(v) / steps for part, v in seconds.items()}
-        kind, n = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
-        a = torch.randn(n, n, device=world.device, dtype=kind)
-        for _ in range(20):
-            with clock("product"):
-                a @ a
-        peak = n**3 / min(seconds["product"])  # multiply-adds a second, in training's precision
-        name = torch.cuda.get_device_name() if cuda else f"{run.cores()} CPU cores"
-        print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
-              f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
-        rows = [(f"loader, {n} loading", v, "images/s") for n, v in loader_rates(run, 5).items()]
-        rows += [("step", images / step, "images/s"), ("step", 1000 * step, "ms")]
-        rows += [(part, v, "ms") for part, v in parts.items()]
-        rows += [("memory of a process", memory / 2**30, "GB at most"),
-                 ("arithmetic", macs / run.share / 1e9, "G multiply-adds an image, both ways"),
-                 ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s "
-                  f"that a large matrix product reaches in one process")]
-        for what, number, unit in rows:
-            print(f"{what:24}{number:14,.2f} {unit}")
-        run.lock.close()
-        shutil.rmtree(run.folder)
-
 # ================================ main ================================
+
+@functools.cache
+def helper(name: str):
+    """data/NAME.py, which imports this file: what draws and what times is no part of the method."""
+    path = Path(__file__).resolve().with_name("data") / f"{name}.py"
+    if not path.exists():
+        raise Problem(f"{path} is missing; copy the folder data/ along with this file.")
+    sys.modules.setdefault("simfle", sys.modules[__name__])  # this very module, not a second one
+    spec = importlib.util.spec_from_file_location(f"simfle_{name}", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 def run(orders: dict) -> None:
     """Decides what to do; the only place that does. Raises Problem."""
@@ -2534,9 +2103,9 @@ def run(orders: dict) -> None:
         s = agree(world, lambda: read_settings(orders))
         draw_toy_faces(s, world)
         if s.benchmark:
-            benchmark(s, world)
+            helper("benchmark").benchmark(s, world)
         elif s.figures:
-            agree(world, lambda: draw_figures(s))
+            agree(world, lambda: helper("draw").draw_figures(s))
         elif s.eval:
             evaluate(s, world)
         else:
@@ -2549,7 +2118,7 @@ def compare_with_untrained(s: Settings, world: World) -> None:
     results = []
     for init in ("random", ""):
         results.append(evaluate(replace(s, **as_linear(s), init=init), world))
-        agree(world, lambda: draw_figures(replace(s, init=init)))
+        agree(world, lambda: helper("draw").draw_figures(replace(s, init=init)))
     if world.first:
         untrained, trained = (result["accuracy"] for result in results)
         print(f"Linear accuracy on {results[1]['images']} held-out toy faces of "

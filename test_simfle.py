@@ -33,6 +33,8 @@ from torchvision.transforms import functional as TF
 
 import simfle as S
 
+B, D = S.helper("benchmark"), S.helper("draw")
+
 HERE = Path(__file__).resolve().parent
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
         "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1"]
@@ -642,8 +644,8 @@ def test_every_colour_and_blur_equals_torchvision_for_the_same_parameter(size):
     x[0, :, :4] = 0.5  # grey pixels have no hue
     level = 1 / 255
     for f in ([0.2, 0.7, 1.0, 1.8], [1.3, 0.5, 1.1, 0.9]):
-        for name in ("brightness", "contrast", "saturation"):
-            got = getattr(S, f"adjust_{name}")(x, torch.tensor(f))
+        for jitter, name in zip(S.JITTER, ("brightness", "contrast", "saturation")):
+            got = jitter(x, torch.tensor(f))
             for b in range(4):
                 expected = getattr(TF, f"adjust_{name}")(x[b], f[b])
                 assert (got[b] - expected).abs().max() < level, (name, f[b])
@@ -1637,7 +1639,7 @@ def test_every_row_trains_goes_on_and_leaves_a_backbone(row, toy, tmp_path, monk
 def gfl_of(name, **more):
     torch.manual_seed(0)
     s = settings([*TINY, "--gfl", name, *[str(a) for k, v in more.items() for a in (f"--{k}", v)]])
-    return S.GFLS[name](s, S.Backbone(S.small_resnet(8)), S.alone, lambda v: (v, S.alone))
+    return S.GFLS[name](s, S.Backbone(S.small_resnet(8)), S.ALONE)
 
 
 def test_simsiams_other_view_is_a_constant_and_its_loss_that_of_the_paper_plus_1():
@@ -1716,7 +1718,6 @@ def test_mocos_target_follows_by_its_own_inertia():
 
 JOINED = """
 import sys
-from functools import partial
 import torch, torch.distributed as dist
 import simfle as S
 with S.processes() as world:
@@ -1725,8 +1726,7 @@ with S.processes() as world:
     for name, s in settings.items():
         torch.manual_seed(0)
         s = S.Settings(**s)
-        gfl = S.GFLS[s.gfl](s, S.Backbone(S.small_resnet(8)), partial(S.gather, world),
-                            partial(S.deal, world)).eval()
+        gfl = S.GFLS[s.gfl](s, S.Backbone(S.small_resnet(8)), world).eval()
         n = len(v1) // world.size
         mine = slice(world.rank * n, (world.rank + 1) * n)
         L_s = gfl(v1[mine], v2[mine])[0]
@@ -1746,10 +1746,13 @@ with S.processes() as world:
     if world.first:
         torch.save(result, sys.argv[2])
     if world.size > 1:
-        order = torch.arange(8.0).reshape(4, 2)[2 * world.rank:2 * world.rank + 2]
-        mixed, back = S.deal(world, order)
-        assert mixed[:, 0].tolist() == [[0, 4], [2, 6]][world.rank]
-        assert torch.equal(back(mixed), order)
+        gfl, seen = S.MoCo(S.Backbone(S.small_resnet(8)), outputs=2, queue=4, world=world), []
+        gfl.online.forward = lambda v: (torch.ones(2, 2), v)
+        gfl.target.forward = lambda v: (seen.append(v.tolist()) or torch.stack([v + 1, v], 1), v)
+        v = torch.arange(4.0)
+        gfl(v[:2], v[2 * world.rank:2 * world.rank + 2])
+        assert seen == [[[0, 2], [1, 3]][world.rank]]  # each makes the keys of every other image
+        assert torch.allclose(gfl.keys, torch.nn.functional.normalize(torch.stack([v + 1, v], 1)))
 """
 
 
@@ -1804,7 +1807,7 @@ def test_random_masks_come_from_u_alone_and_leave_no_gradient_to_the_scores():
 def cell(picture, row, column, like, left=12):
     """The part of a sheet with names of columns where that cell lies."""
     w, h = like.size
-    x, y = left + column * (w + S.GAP), 3 * S.LINE + row * (h + S.GAP)
+    x, y = left + column * (w + D.GAP), 3 * D.LINE + row * (h + D.GAP)
     return picture.crop((x, y, x + w, y + h))
 
 
@@ -1815,11 +1818,11 @@ def same_picture(a, b):
 def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals():
     model = small_model().cpu().eval()
     x = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    sheet = S.figures_masks(model, x, (S.MEAN, S.STD))["masks"]
+    sheet = D.figures_masks(model, x, (S.MEAN, S.STD))["masks"]
     I = S.normalise(x)
     C = model.ffl.grouping(model.backbone(I)[0])
     for face in range(3):
-        original = S.cell(x[face])
+        original = D.cell(x[face])
         assert same_picture(cell(sheet, face, 0, original), original)
         for column in range(8):  # eight groups, so group `column`
             mask = model.ffl.masking(C, torch.full((3, 1), (column + 0.5) / 8))[2][face]
@@ -1839,19 +1842,19 @@ def test_a_perfect_guess_is_drawn_as_the_original_and_only_masked_patches_are_gu
     model = small_model(norm_pix=norm_pix).cpu().eval()
     x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
     u, mae = torch.arange(4)[:, None] / 4, model.ffl.mae
-    masked, whole = S.reconstruct(model, x, u, (S.MEAN, S.STD))
+    masked, whole = D.reconstruct(model, x, u, (S.MEAN, S.STD))
     kept = masked != 0.5
     assert kept.float().mean() == 12 / 49
     torch.testing.assert_close(whole[kept], x[kept])
     assert (whole - x)[~kept].abs().mean() > 0.05
     mae.decode = lambda tokens, keep: mae.target(mae.patchify(S.normalise(x)))
-    torch.testing.assert_close(S.reconstruct(model, x, u, (S.MEAN, S.STD))[1], x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(D.reconstruct(model, x, u, (S.MEAN, S.STD))[1], x, atol=1e-4, rtol=0)
 
 
 def saved_classifier(path, net, classes, size, arch="small"):
     torch.save(dict(model=net.state_dict(), classes=classes, size=size, arch=arch, mean=S.MEAN,
                     std=S.STD), path)
-    return S.classifier(path)
+    return D.classifier(path)
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (0, 1), (1, 1)])
@@ -1900,8 +1903,8 @@ class Texts:
     """Collects what is written into pictures, and where."""
 
     def __init__(self, monkeypatch):
-        self.all, real = [], S.ImageDraw.ImageDraw.text
-        monkeypatch.setattr(S.ImageDraw.ImageDraw, "text", lambda draw, xy, text, *a, **k: (
+        self.all, real = [], D.ImageDraw.ImageDraw.text
+        monkeypatch.setattr(D.ImageDraw.ImageDraw, "text", lambda draw, xy, text, *a, **k: (
             self.all.append((text, xy)), real(draw, xy, text, *a, **k))[1])
 
     def at(self, text):
@@ -1911,47 +1914,47 @@ class Texts:
 def test_the_cells_of_a_confusion_matrix_hold_its_numbers(monkeypatch):
     texts = Texts(monkeypatch)
     result = S.summary(torch.tensor([[6, 2, 0], [1, 8, 1], [0, 3, 1]]), ["0_a", "1_b", "2_c"])
-    picture = S.figure_confusion(result, "linear-x")
-    measure = S.ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    font = S.ImageFont.load_default(13)
+    picture = D.figure_confusion(result, "linear-x")
+    measure = D.ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    font = D.ImageFont.load_default(13)
     left = round(max(measure.textbbox((0, 0), name, font=font)[2] for name in result["per_class"])
-                 + 2 * S.GAP)
+                 + 2 * D.GAP)
     for i, row in enumerate([[75.0, 25.0, 0.0], [10.0, 80.0, 10.0], [0.0, 75.0, 25.0]]):
         for j, value in enumerate(row):
             assert texts.at(f"{value:.1f}")
-            like = S.heat(torch.tensor([[value]]), 0, 100, 84)
-            S.write(like, 42, 42, f"{value:.1f}", 14, "mm", "black" if value > 60 else "white")
+            like = D.heat(torch.tensor([[value]]), 0, 100, 84)
+            D.write(like, 42, 42, f"{value:.1f}", 14, "mm", "black" if value > 60 else "white")
             assert same_picture(cell(picture, i, j, like, left=left), like)
     words = " ".join(t for t, _ in texts.all)
     assert "accuracy 68.18 %" in words and "0_a" in words and "linear-x" in words
 
 
 def test_heat_rises_with_the_number_and_fig3_shows_the_maps_of_the_log():
-    greys = [S.heat(torch.tensor([[v]]), 0, 1).convert("L").getpixel((0, 0))
+    greys = [D.heat(torch.tensor([[v]]), 0, 1).convert("L").getpixel((0, 0))
              for v in torch.linspace(0, 1, 20).tolist()]
     assert greys == sorted(greys) and greys[0] < 60 and greys[-1] > 200
-    assert S.heat(torch.tensor([[math.nan]]), 0, 1).convert("L").getpixel((0, 0)) == greys[0]
+    assert D.heat(torch.tensor([[math.nan]]), 0, 1).convert("L").getpixel((0, 0)) == greys[0]
     maps = [torch.rand(49, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     records = [dict(epoch=e + 1, refinement=dict(
         error_map=maps[e].tolist(), keep_map=maps[3 + e].tolist(), positions=0.1 * e,
         within_image=0.2)) for e in range(3)]
-    picture, low, high = S.figure_refinement(records), 1, 0
+    picture, low, high = D.figure_refinement(records), 1, 0
     like = Image.new("RGB", (112, 112))
-    measure = S.ImageDraw.Draw(like).textbbox((0, 0), "error under random masks",
-                                              font=S.ImageFont.load_default(13))[2]
+    measure = D.ImageDraw.Draw(like).textbbox((0, 0), "error under random masks",
+                                              font=D.ImageFont.load_default(13))[2]
     for row in range(2):
         some = torch.stack(maps[3 * row:3 * row + 3])
         low, high = some.min().item(), some.max().item()
         for e in range(3):
-            expected = S.heat(some[e].reshape(7, 7), low, high)
-            got = cell(picture, row, e, like, left=round(measure + 2 * S.GAP))
+            expected = D.heat(some[e].reshape(7, 7), low, high)
+            got = cell(picture, row, e, like, left=round(measure + 2 * D.GAP))
             assert same_picture(got, expected)
 
 
 def test_a_log_with_numbers_that_are_not_finite_is_drawn():
     log = [dict(step=i, rate=0.1, L_s=v) for i, v in enumerate((math.inf, math.nan, 2.0))]
     log += [dict(step=9, epoch=1, refinement=dict(positions=math.nan, error_map=[]))]
-    assert S.figure_curves(log).width > 800
+    assert D.figure_curves(log).width > 800
 
 
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
@@ -1963,10 +1966,10 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
         text(tmp_path / f"runs/{name}/log.jsonl", json.dumps({"settings": base | more}) + "\n")
         text(tmp_path / f"runs/{name}/eval-linear-faces.json", json.dumps(dict(accuracy=accuracy)))
     seen = {}
-    monkeypatch.setattr(S, "plot", lambda title, curve: seen.update({title: curve}))
-    S.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
+    monkeypatch.setattr(D, "plot", lambda title, curve: seen.update({title: curve}))
+    D.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
     assert list(seen.values()) == [[(0.2, 40.0), (0.3, 45.0)]] and "against alpha" in str(seen)
-    assert S.figure_sweep("beta", base | dict(alpha=0.2), "faces") is None
+    assert D.figure_sweep("beta", base | dict(alpha=0.2), "faces") is None
 
 
 def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_path, monkeypatch,
@@ -1987,7 +1990,7 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
                       monkeypatch=monkeypatch) == 0
     args = [*args, "--init", "random"]  # a classifier of another net is not the run's
     assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
-    chosen = S.find_classifier(S.Settings(data="colours", name="colours"), "colours")
+    chosen = D.find_classifier(S.Settings(data="colours", name="colours"), "colours")
     assert chosen == Path("runs/colours/linear-colours.pt")
     assert settings(["--figures", "--name", "colours"]).data == "colours"  # the run's own
     untrained, own = (Image.open(folder / f"masks{x}.png") for x in ("-untrained", ""))
@@ -2291,7 +2294,7 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
         return clock[0]
 
     monkeypatch.setattr(S.time, "perf_counter", tick)
-    monkeypatch.setattr(S, "loader_rates", lambda run, seconds: {1: 100.0, 2: 150.0})
+    monkeypatch.setattr(B, "loader_rates", lambda run, seconds: {1: 100.0, 2: 150.0})
     assert in_process("--data", toy, *TINY, "--benchmark", cwd=tmp_path,
                       monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
@@ -2309,7 +2312,7 @@ def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, tmp_p
     with S.processes() as world:
         run = S.Pretraining(settings(["--data", toy, *TINY, "--epochs", "9999"]), world)
         monkeypatch.setattr(S.Run, "cores", lambda self: 2)
-        rates = S.loader_rates(run, 0.5)
+        rates = B.loader_rates(run, 0.5)
     assert rates.keys() == {1, 2} and all(20 < r < 50_000 for r in rates.values())
 
 
@@ -2426,7 +2429,8 @@ def test_affectnet7_is_seven_classes_of_the_same_files(tmp_path):
     affectnet_lists(tmp_path / "src")
     out, seven = tmp_path / "affectnet", tmp_path / "affectnet7"
     assert prepared("affectnet", "--src", tmp_path / "src", "--out", out).returncode == 0
-    assert S.class_folders(seven / "train") == S.class_folders(out / "train")[:-1]
+    classes = S.labelled_pictures(out / "train")[0]
+    assert S.labelled_pictures(seven / "train")[0] == classes[:-1]
     for name in S.find_pictures(seven / "train"):
         twin = out / Path(name).relative_to(seven)
         assert os.path.samefile(name, twin) and "contempt" not in name
@@ -2753,6 +2757,8 @@ def test_the_readmes_map_names_what_stands_in_these_sections_in_this_order():
             assert banners[-1].startswith(section[0]), (paper, banners[-1])
             seen += 1
     assert seen >= 8
+    drawn = re.search(r"(?m)^\| 4\.4.*?\| in .*?draw\.py\): (.*) \|$", rows)[1]
+    assert all(hasattr(D, name) for name in re.findall(r"`(\w+)`", drawn)) and "`grad_cam`" in drawn
 
 
 def test_every_option_is_in_the_help_with_its_source(capsys):
