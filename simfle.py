@@ -31,14 +31,12 @@ Letters
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weighed by α), grouping loss (β)
 
-Departures: where this file parts from the paper (P) or from the authors' code (A), and why
-     1  PA The masking is trained through a straight-through term, which the paper does not define:
-           sorting has no gradient. It trains the grouping layer alone: Section 3.2 says that the
-           backbone is refined too, 3.3 cuts it off. In the authors' code L_r never reaches the
-           scores; `--mask-gradient 0` is their behaviour.
-     2  PA Eq. 2 is divided by c′: undivided, β = 0.03 diverges. It is exact; the authors take a
-           squared distance to a block identity.
-     3  A  The grouping layer starts random. Set to a constant, all channels are equal: a saddle.
+Departures: where this file parts from the paper (P) or from the authors' code (A)
+     1  PA L_r trains the masking by a straight-through term, which the paper does not define, and
+           so the grouping layer alone: 3.2 says that the backbone is refined too, 3.3 cuts it off.
+           In the authors' code L_r never reaches the scores (here: `--mask-gradient 0`).
+     2  PA Eq. 2 is exact and divided by c′; the authors take a distance to a block identity.
+     3  A  The grouping layer starts random, not constant.
      4  A  Blur with probability 0.5, SimCLR's own, in place of always.
      5  A  The learning rate follows the cosine with every step, not with every epoch.
      6  A  Pictures are squeezed to a square; the authors resize by the short side.
@@ -69,7 +67,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -82,7 +80,6 @@ import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -95,7 +92,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
-from torchvision.transforms import RandomResizedCrop
 
 try:
     import fcntl
@@ -121,7 +117,6 @@ class Backbone(nn.Module):
     Its `fc` is taken off: `resnet.state_dict()` is what torchvision's own model loads, but for
     `fc.*`. forward: (B, 3, 224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). Of 112 pixels the
     map is 4 × 4."""
-
     def __init__(self, resnet: nn.Module | None = None):
         super().__init__()
         self.resnet = torchvision.models.resnet50() if resnet is None else resnet
@@ -195,7 +190,6 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 class Stream(nn.Module):
     """Backbone and projector. forward: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
     (Sec. 3.1, Fig. 2)"""
-
     def __init__(self, backbone: Backbone, projector: nn.Module):
         super().__init__()
         self.backbone, self.projector = backbone, projector
@@ -217,7 +211,6 @@ class BYOL(nn.Module):
         L_s, (h1, h2), z1 = byol(v1, v2); L_s.backward()  # and a step of the optimiser
         byol.update()
     """
-
     def __init__(self, backbone: Backbone, hidden: int = 4096, outputs: int = 256,
                  tau: float = 0.99):
         super().__init__()
@@ -280,7 +273,6 @@ class ChannelGrouping(nn.Module):
         C = grouping(torch.randn(2, 2048, 4, 4))
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
     """
-
     def __init__(self, channels: int = 2048, groups: int = 32):
         super().__init__()
         if channels % groups:
@@ -358,7 +350,6 @@ class SemanticMasking(nn.Module):
         masking = SemanticMasking(groups=32, image_size=112, patch=16, ratio=0.75)
         a, keep, mask = masking(C)
     """
-
     def __init__(self, groups: int = 32, image_size: int = 112, patch: int = 16,
                  ratio: float = 0.75):
         super().__init__()
@@ -451,7 +442,6 @@ PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
 
 class Block(nn.Module):
     """A pre-norm transformer block: x (B, tokens, width) -> the same shape. (Sec. 4.1, ViT)"""
-
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -485,7 +475,6 @@ class MaskedAutoencoder(nn.Module):
     forward: I (B, 3, 112, 112), normalised; keep (B, 12) indices of the visible patches -> error
     (B, 49), the mean squared error of every patch, visible ones too; tokens (B, 12, 768), the
     encoder's output for the visible patches without its class token."""
-
     def __init__(self, image_size: int = 112, patch: int = 16, width: int = 768, depth: int = 12,
                  heads: int = 12, decoder_width: int = 512, decoder_depth: int = 8,
                  decoder_heads: int = 16, norm_pix: bool = True):
@@ -566,7 +555,6 @@ class FaceMAE(nn.Module):
         X, I = torch.randn(2, 512, 4, 4), torch.randn(2, 3, 112, 112)
         L_r, tokens, L_g, D2_between, D2_within = ffl(X, I)
     """
-
     def __init__(self, channels: int = 2048, groups: int = 32, ratio: float = 0.75,
                  kappa: float = 4.0, balanced: bool = False, image_size: int = 112,
                  patch: int = 16, **autoencoder):
@@ -634,7 +622,6 @@ class SimFLE(nn.Module):
     augmented; u, what `SemanticMasking` draws from -> a dict of scalars: `loss` with gradient, and
     without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. After every step of the optimiser,
     call `update()`."""
-
     def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
                  hidden: int = 4096, outputs: int = 256, alpha: float = 0.3, beta: float = 0.03,
                  t: float = 4.0):
@@ -693,7 +680,6 @@ class Settings:
 
     Each says its unit and where it comes from: the section of the paper, "authors" for their public
     code, "ours" for what neither gives. The defaults are the preset `paper`."""
-
     data: str = setting("toy", "a folder of pictures, or the name of one in data/; toy: the demo")
     name: str = setting("", "of the run: results go to runs/NAME; default: the data's name (ours)")
     preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)")
@@ -814,7 +800,7 @@ def read_orders(argv: list[str] | None = None) -> dict:
 def read_settings(orders: dict) -> Settings:
     """The orders, on top of the preset, the protocol and the evaluated run. Raises Problem."""
     if orders.keys() & {"figures", "eval"} and "name" in orders and "data" not in orders:
-        orders = {"data": known_run(orders["name"])["data"]} | orders  # the run's own
+        orders["data"] = run_settings(orders["name"], needed=True)["data"]  # the run's own
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
     trained = run_settings(name) if protocol or orders.get("figures") else {}
@@ -825,14 +811,14 @@ def read_settings(orders: dict) -> Settings:
                           f"give these options to the one that adds it.")
     preset = orders.get("preset") or trained.get("preset") or (
         "laptop" if Path(data).name == "toy" else "paper")
-    base = PRESETS[preset]
+    base = dict(PRESETS[preset])
     if protocol:
-        base = base | {"steps": 0} | PROTOCOLS[preset][protocol]
+        base |= {"steps": 0} | PROTOCOLS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
     if orders.get("gfl", "").startswith("moco") and preset == "paper":
-        base = base | {"tau": 0.999}  # over the laptop's 400 steps the target would hardly move
+        base["tau"] = 0.999  # over the laptop's 400 steps the target would hardly move
     if "epochs" in orders:
-        base = base | {"steps": 0}  # asked for in epochs, a preset's steps do not count
+        base["steps"] = 0  # asked for in epochs, a preset's steps do not count
     s = Settings(**base | orders | {"preset": preset, "name": name})
     check_settings(s)
     return s
@@ -876,9 +862,10 @@ def small_resnet(width: int = 32) -> nn.Module:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
 
-RESNETS = {"small": small_resnet} | {name: partial(torchvision.models.get_model, name) for name in (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
-    "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2")}
+RESNETS = {"small": small_resnet} | {
+    name: functools.partial(torchvision.models.get_model, name) for name in
+    ("resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d "
+     "wide_resnet50_2 wide_resnet101_2").split()}
 
 def build_model(s: Settings, world=None) -> nn.Module:
     """The model that the settings describe, its weights drawn from the seed. Raises Problem."""
@@ -904,11 +891,9 @@ def build_model(s: Settings, world=None) -> nn.Module:
 #
 # A loading process decodes a picture, cuts and resizes its two crops and the whole face, and hands
 # them over as bytes. Colours, blur and normalisation follow on the whole batch, on its device: in
-# Pillow they cost several times the decoding.
-#
-# Randomness is a function, not a state: what happens to an image in an epoch is drawn from (seed,
-# epoch, index), the order of a batch's jitters from (seed, epoch, images done). So the number of
-# workers changes nothing, and a run that goes on needs no generator's state.
+# Pillow they cost several times the decoding. Randomness is a function, not a state: what happens
+# to an image is drawn from (seed, epoch, index), the order of a batch's jitters from (seed, epoch,
+# images done). So the number of workers changes nothing, and a run that goes on needs no state.
 
 def stream_of(*key) -> torch.Generator:
     """A generator for this key alone, the same in every process, on every machine. (ours)"""
@@ -921,9 +906,9 @@ def find_data(name: str) -> Path:
         if folder.is_dir():
             return folder
     there = {p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()} - {"figures"}
-    raise Problem(f"there is no dataset {name}: neither a folder of that name nor {folder}; data/"
-                  f" has {', '.join(sorted(there)) or 'nothing'} (`python data/prepare.py NAME "
-                  f"--src DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces).")
+    raise Problem(f"there is no dataset {name}, as a path or in data/, which has "
+                  f"{', '.join(sorted(there)) or 'none'}; `python data/prepare.py NAME --src "
+                  f"DOWNLOAD` makes the paper's, `python data/toy.py` draws toy faces.")
 
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and deviation of the channels, by which a dataset is normalised: its own where
@@ -961,47 +946,49 @@ def throw(picture: Image.Image, crops: int, dice: int, crop_min: float, *key):
     """Boxes (top, left, height, width) of random crops, and dice in [0, 1), from this key alone."""
     with torch.random.fork_rng(devices=[]):  # torchvision's crop draws from the global stream
         torch.default_generator.set_state(stream_of(*key).get_state())
-        boxes = [RandomResizedCrop.get_params(picture, (crop_min, 1), (3 / 4, 4 / 3))
-                 for _ in range(crops)]
-        return boxes, torch.rand(dice)
+        box = torchvision.transforms.RandomResizedCrop.get_params
+        return [box(picture, (crop_min, 1), (3 / 4, 4 / 3)) for _ in range(crops)], torch.rand(dice)
 
 DICE_PER_VIEW = 9  # flip, jitter or not, 4 strengths, grey, blur or not, its width
 
 class Faces(Dataset):
     """What a step needs of one image. faces[epoch, index, weight] -> a dict of tensors. (Sec. 4.1)
 
-    views (2, 3, 224, 224) uint8, two random crops; image (3, 112, 112) uint8, the whole picture
-    resized; dice (19,) uniform in [0, 1) for what happens on the device, 9 a view and `dice` for
-    the masking; index (); unreadable (), 1 where this picture could not be read and the next one
-    that can took its place. The weight is for evaluations."""
+    views (2, 3, 224, 224) uint8, random crops; image (3, 112, 112) uint8, the whole picture; dice
+    (19,) uniform in [0, 1), for what happens on the device; index (); weight (); label (), where
+    there are labels; unreadable (), 1 where the picture could not be read: the next one that can
+    takes its place or, as that may have another label, a black one."""
 
-    tries = 64  # pictures that are tried, one after the other, before a black one is given
-
-    def __init__(self, paths: list[str], view_size: int, ffl_size: int, crop_min: float, seed: int,
-                 dice: int = 1):
-        self.paths, self.seed, self.crop_min = paths, seed, crop_min
-        self.dice = 2 * DICE_PER_VIEW + dice
-        self.view_size, self.ffl_size = [view_size] * 2, [ffl_size] * 2
+    def __init__(self, paths: list[str], view_size: int, image_size: int, crop_min: float,
+                 seed: int, crops: int = 2, dice: int = 19, labels: list[int] | None = None):
+        self.paths, self.crop_min, self.seed, self.labels = paths, crop_min, seed, labels
+        self.view_size, self.image_size, self.crops, self.dice = view_size, image_size, crops, dice
+        self.tries = 64 if labels is None else 1
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> tuple[Image.Image, bool]:
-        """The picture, or the next that can be read; and whether it could not."""
+        """The picture, or what takes its place; and whether it could not be read."""
         for bad in range(self.tries):
             with contextlib.suppress(Exception):  # Pillow raises many kinds for broken files
                 return read_picture(self.paths[(index + bad) % len(self)]), bad > 0
         return Image.new("RGB", (8, 8)), True
 
     def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
-        epoch, index, _ = key
+        epoch, index, weight = key
         picture, unreadable = self.read(index)
-        boxes, dice = throw(picture, 2, self.dice, self.crop_min, self.seed, epoch, index)
-        views = [TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size)) for box in boxes]
-        # Departure 6: a square, whatever the picture's shape.
-        image = TF.pil_to_tensor(TF.resize(picture, self.ffl_size))
-        return dict(views=torch.stack(views), image=image, dice=dice, index=torch.tensor(index),
-                    unreadable=torch.tensor(unreadable))
+        boxes, dice = throw(picture, self.crops, self.dice, self.crop_min, self.seed, epoch, index)
+        item = dict(index=index, weight=weight, unreadable=unreadable)
+        if self.labels is not None:
+            item["label"] = self.labels[index]
+        item = {k: torch.tensor(v) for k, v in item.items()} | {"dice": dice}
+        if self.crops:
+            item["views"] = torch.stack([TF.pil_to_tensor(TF.resized_crop(
+                picture, *box, [self.view_size] * 2)) for box in boxes])
+        if self.image_size:  # departure 6: a square, whatever the picture's shape
+            item["image"] = TF.pil_to_tensor(TF.resize(picture, [self.image_size] * 2))
+        return item
 
 # ===== 4.1 Augmentation =====
 #
@@ -1009,10 +996,6 @@ class Faces(Dataset):
 # brightness, contrast and saturation by factors from 0.2 to 1.8 and of the hue by up to 0.2 of a
 # turn, grey with 0.2, blur with ½. Each function does to a batch x (B, 3, H, W) in [0, 1] what
 # torchvision's does to one picture, with a parameter for each image, f or sigma (B,).
-
-def grey(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W), the luma of ITU-R 601-2. (Sec. 4.1)"""
-    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
     """f of x and 1 − f of the other, cut to [0, 1]: at f = 1 x itself, beyond 1 away from other."""
@@ -1033,6 +1016,7 @@ def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
     k = (torch.stack([hue + 5, hue + 3, hue + 1], dim=1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
+grey = TF.rgb_to_grayscale  # (B, 3, H, W) -> (B, 1, H, W)
 JITTER = (lambda x, f: blend(x, 0.0, f),  # brightness: to or from black
           lambda x, f: blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f),  # contrast
           lambda x, f: blend(x, grey(x), f),  # saturation
@@ -1101,12 +1085,11 @@ class Batches:
     """Which images each process gets in each step. A batch sampler for DataLoader. (Sec. 4.1)
 
     An epoch is one permutation, drawn from (seed, epoch), or with `weights` (images,) as many draws
-    with replacement. A step takes the next `batch` images, of which process `rank` gets its own run
-    of batch/world. What does not fill a batch is dropped; with `partial` it makes a smaller one,
-    shared evenly by repeating images with the weight 0. A place is (epoch, done): done counts
-    images, so that another number of processes can go on from it. All epochs are one stream, and
-    workers never wait for one to end. Yields lists of (epoch, index, weight)."""
-
+    with replacement. A step takes the next `batch` images, process `rank` its run of batch/world of
+    them. What does not fill a batch is dropped; with `partial` it makes a smaller one, which images
+    repeated with the weight 0 divide evenly. A place is (epoch, done): done counts images, so that
+    another number of processes can go on from it. Yields lists of (epoch, index, weight) as one
+    stream: workers never wait for an epoch to end."""
     def __init__(self, images: int, batch: int, total: int, seed: int, rank: int = 0,
                  world: int = 1, epoch: int = 0, done: int = 0, partial: bool = False,
                  weights: Tensor | None = None):
@@ -1165,10 +1148,6 @@ class World:
     device: torch.device
     local_size: int = 1  # processes on this machine
 
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
 @contextlib.contextmanager
 def processes():
     """Joins the group that torchrun started, or is one process without a group. Raises Problem."""
@@ -1213,7 +1192,7 @@ def gather(world: World, x: Tensor) -> Tensor:
 def agree(world: World, make):
     """What `make()` returns in process 0, in every process; a Problem in it is raised in all."""
     result = [None, None]
-    if world.first:
+    if world.rank == 0:
         try:
             result[0] = make()
         except Problem as problem:
@@ -1247,12 +1226,9 @@ def write_whole(path: Path, write) -> None:
 def keep_others_away(path: Path):
     """A lock that holds as long as its file is open and this process lives. Raises Problem."""
     file = open(path, "a")
-    try:
-        # A lock of this process alone: its loading processes do not inherit it, so that it is gone
-        # the moment the process is, even by SIGKILL. (Windows has none of the kind.)
+    try:  # loading processes do not inherit it: SIGKILL ends it. (Windows has none of the kind.)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
     except OSError:
-        file.close()
         raise Problem(f"another run is at work on {path.with_suffix('.pt')}; let it end, or give "
                       f"this one another name with --name.") from None
     return file
@@ -1290,10 +1266,10 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD), rounds: int = 4) -> dict:
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
-    images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch under random
-    masks, where it is masked; `keep_map`: the share of the groups that keep it; (49,) each, means
-    over the images. `positions` is the correlation of these maps, `within_image` that of each
-    image's own two, averaged. Of random masking it measures the scores, which mask nothing."""
+    images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch where a random
+    mask hides it; `keep_map`: the share of the groups that keep it; (49,) each, means over the
+    images. `positions` correlates these maps, `within_image` each image's own two, on average. Of
+    random masking it measures the scores, which mask nothing."""
     device, masking = next(model.parameters()).device, model.ffl.masking
     draw, was_training = stream_of("measure"), model.training
     model.eval()
@@ -1368,12 +1344,8 @@ class Log:
             raise Problem(f"{self.path} could not be written ({error}); make room, and start the "
                           f"same command again: it goes on.") from None
 
-    def state(self) -> dict:
-        """For a checkpoint: so the log of a run that goes on is that of one that did not stop."""
-        return dict(bytes=self.path.stat().st_size, sums=self.sums, count=self.count)
-
-    def restore(self, bytes: int = 0, sums: dict = {}, count: int = 0) -> None:
-        """Cuts off what was written after the checkpoint."""
+    def restore(self, bytes: int, sums: dict[str, float], count: int) -> None:
+        """To where a checkpoint was written: what came after it is cut off."""
         self.path.touch()
         os.truncate(self.path, min(bytes, self.path.stat().st_size))
         self.sums, self.count = sums, count
@@ -1388,9 +1360,10 @@ def leave_signals(worker: int) -> None:
 class Run:
     """The loop over steps, with its checkpoints, log and status line. (Sec. 4.1)
 
-    Pre-training and every evaluation are one of these, with their own model, pictures and step.
-    trained: the part of the model that learns. suffix: tells the files of several runs in one
-    folder apart. weights: as in `Batches`. more: what else must be equal for a run to go on."""
+    Pre-training and every evaluation are one of these, with a model, pictures and `losses` of their
+    own: the scalars of a step, "loss" with gradient. trained: the part of the model that learns.
+    suffix: tells the files of several runs in one folder apart. weights: as in `Batches`. more:
+    what else must be equal for a run to go on."""
     shown: tuple[str, ...]  # what of a step's values the status line shows
     ignored = frozenset()  # settings that mean nothing to this kind of run
     partial = False  # whether an epoch's last, smaller batch is used
@@ -1425,7 +1398,7 @@ class Run:
                                          lr=self.rate, momentum=s.momentum,
                                          weight_decay=s.weight_decay, fused=fused)
         total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
-        self.log = Log(self.folder / f"log{suffix}.jsonl", total, world.first)
+        self.log = Log(self.folder / f"log{suffix}.jsonl", total, world.rank == 0)
         saved = agree(world, self.find_checkpoint)  # process 0 alone sees the disk
         if saved:
             load_state(self.checkpoint, saved, self.model, self.optimizer)
@@ -1434,7 +1407,13 @@ class Run:
         agree(world, lambda: self.start_log(saved))
         self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size,
                                *(saved["place"] if saved else (0, 0)), self.partial, weights)
-        self.wrapped = self.wrap()
+        self.wrapped = trained
+        if world.size > 1:
+            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # newer PyTorch renames it
+            self.wrapped = DistributedDataParallel(trained, gradient_as_bucket_view=True,
+                                                   broadcast_buffers=False)  # departure 11: local
+        if s.compile:
+            self.wrapped = torch.compile(self.wrapped)
 
     def find_checkpoint(self) -> dict | None:
         """The checkpoint to go on from, if there is one. Raises Problem."""
@@ -1460,7 +1439,7 @@ class Run:
 
     def start_log(self, saved: dict | None) -> None:
         """Begins the log, or goes on with it. Raises Problem."""
-        self.log.restore(**saved["log"] if saved else {})
+        self.log.restore(*saved["log"] if saved else (0, {}, 0))
         if not saved:
             self.log.write({"settings": self.settings})
         elif saved["share"] != self.share:
@@ -1469,25 +1448,16 @@ class Run:
 
     def save(self, place: tuple[int, int]) -> None:
         """Writes the checkpoint: process 0 alone. Raises Problem."""
+        log = self.log.path.stat().st_size, self.log.sums, self.log.count
         state = dict(settings=self.settings, place=list(place), model=self.model.state_dict(),
-                     optimizer=self.optimizer.state_dict(), share=self.share, log=self.log.state())
+                     optimizer=self.optimizer.state_dict(), share=self.share, log=log)
         write_whole(self.checkpoint, lambda file: torch.save(state, file))
-
-    def wrap(self) -> nn.Module:
-        """The trained module as a step calls it: across processes, compiled if asked."""
-        wrapped = self.trained
-        if self.world.size > 1:
-            warnings.filterwarnings("ignore", ".*broadcast_buffers")  # newer PyTorch renames it
-            wrapped = DistributedDataParallel(wrapped, gradient_as_bucket_view=True,
-                                              broadcast_buffers=False)  # departure 11: local
-        return torch.compile(wrapped) if self.s.compile else wrapped
 
     def rehearse(self, batch: dict[str, Tensor], place: tuple[int, int]) -> None:
         """Throws the first gradients away, and takes back what their forward pass changed.
 
-        After its first backward pass DDP lays its buckets anew, in the order in which gradients
-        came; with three processes that changes the order of their sums. A run that goes on would
-        take its first step with the old buckets where an uninterrupted one has the new, and not
+        DDP lays its buckets anew after its first backward pass, which with three processes changes
+        the order of sums: a run that goes on would take its first step with the old ones, and not
         be bit-equal. (On GPUs it is not in any case: cuDNN chooses its kernels by trial.)"""
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         self.backward(batch, place)
@@ -1503,9 +1473,6 @@ class Run:
             parts = self.losses(batch, place)
         parts["loss"].backward()
         return parts | {"unreadable": batch["unreadable"].sum() * self.world.size}
-
-    def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
-        """The scalars of a step, "loss" with gradient. Each kind of run has its own."""
 
     def schedule(self, progress: float) -> float:
         """The share of the rate after this share of the way, by a cosine. Departure 5."""
@@ -1532,17 +1499,14 @@ class Run:
                           prefetch_factor=4 if workers else None, worker_init_fn=leave_signals)
 
     def step(self, batch: dict[str, Tensor], place: tuple[int, int], rate: float) -> dict:
-        """One step. Returns what `losses` does as numbers: means over all processes; and
-        `gradient`, its norm, and as sums `unreadable` and `stop`, the processes told to stop.
-
-        Raises Problem, in every process and before any weight moves, for a loss or a gradient that
-        is not finite."""
+        """One step. Returns what `losses` does as numbers, means over all processes; `gradient`,
+        its norm; and as sums `unreadable` and `stop`, the processes told to stop. Raises Problem
+        for what is not finite, in every process and before any weight moves."""
         parts = self.backward(batch, place)
         gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         parts["gradient"] = torch.stack(torch._foreach_norm(gradients)).norm()
         parts["stop"] = torch.full_like(parts["gradient"], self.told_to_stop * self.world.size)
-        # The one place where the host waits for the device, and processes for each other beside
-        # DDP's own sums. A NaN anywhere is a NaN in the sum, everywhere.
+        # The one place where the host waits for the device. A NaN anywhere is one everywhere.
         values = torch.stack([v.detach().float() for v in parts.values()])
         if self.world.size > 1:
             dist.all_reduce(values)
@@ -1564,11 +1528,9 @@ class Run:
     def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
         """Names this batch's unreadable pictures, each once. Raises Problem for too many in an
         epoch: more than one in a hundred where another takes the place, any where none does."""
-        for index in batch["index"][batch["unreadable"] > 0].tolist():
-            if index not in self.warned:
-                self.warned.add(index)
-                print(f"\nsimfle: {faces.paths[index]} cannot be read.", file=sys.stderr,
-                      flush=True)
+        for path in {faces.paths[i] for i in batch["index"][batch["unreadable"] > 0]} - self.warned:
+            self.warned.add(path)
+            print(f"\nsimfle: {path} cannot be read.", file=sys.stderr, flush=True)
         if unreadable > (max(1, len(faces) / 100) if faces.tries > 1 else 0):
             raise Problem(f"{unreadable:.0f} pictures of {self.data} cannot be read, too many to "
                           f"go on; mend or remove those that are named above.")
@@ -1581,7 +1543,7 @@ class Run:
             self.take_steps()
         finally:
             signal.signal(signal.SIGTERM, before_us)
-            if self.world.first:
+            if self.world.rank == 0:
                 self.lock.close()
 
     def take_steps(self) -> None:
@@ -1612,10 +1574,10 @@ class Run:
                 f"{k} {values[k]:.3f}" for k in self.shown if k in values))
             done += batches.batch
             ends = batches.ends(done) or last
-            if ends and world.first:
+            if ends and world.rank == 0:
                 self.epoch_ends(epoch, step)
             due = self.s.save_every and step % self.s.save_every == 0
-            if world.first and (ends or stop or due):
+            if world.rank == 0 and (ends or stop or due):
                 self.save((epoch, done))
             if stop and not last:
                 raise Problem(f"stopped after step {step:,} of {batches.total:,}; the same command "
@@ -1624,24 +1586,22 @@ class Run:
 # ===== 4.1 Pre-training =====
 
 def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
-    """The pictures to train on, and a few set aside for `measure_refinement`. Raises Problem.
-
-    Where the data has train/, only that is read. Departure 13: of AffectNet's 287,651, 256 are set
-    aside, the same for the same seed; of a small set, one in twenty."""
+    """The pictures to train on (those in train/, where there is one), and a few set aside for
+    `measure_refinement`. Departure 13: of AffectNet's 287,651, 256; of a small set, one in twenty;
+    the same for the same seed. Raises Problem."""
     folder = find_data(s.data)
     paths = find_pictures(folder / "train" if (folder / "train").is_dir() else folder)
     order = torch.randperm(len(paths), generator=stream_of(s.seed, "aside")).tolist()
-    aside = sorted(order[:min(256, len(paths) // 20)])
-    chosen = set(aside)
-    return [p for i, p in enumerate(paths) if i not in chosen], [paths[i] for i in aside]
+    aside = set(order[:min(256, len(paths) // 20)])
+    return ([p for i, p in enumerate(paths) if i not in aside], [paths[i] for i in sorted(aside)])
 
 def draw_toy_faces(s: Settings, world: World) -> None:
     """Draws data/toy if it is asked for; what is there already is not drawn again."""
     if s.data == "toy":
-        missing = not (HERE / "data/toy/complete").exists()
-        if missing and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # each machine has its own disk
-            if subprocess.run([sys.executable, HERE / "data" / "toy.py"]).returncode:
-                raise Problem("data/toy.py could not draw the toy faces; it says above why.")
+        mine = int(os.environ.get("LOCAL_RANK", 0)) == 0  # each machine has its own disk
+        if (mine and not (HERE / "data/toy/complete").exists()
+                and subprocess.run([sys.executable, HERE / "data/toy.py"]).returncode):
+            raise Problem("data/toy.py could not draw the toy faces; it says above why.")
         if world.size > 1:
             dist.barrier()
 
@@ -1656,9 +1616,9 @@ class Pretraining(Run):
             if world.device.type != "cuda":
                 raise Problem("--sync-bn works on GPUs only; leave it out.")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        dice = model.ffl.masking.draws if model.ffl is not None else 0
-        super().__init__(s, world, Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed, dice),
-                         model, trained=model)
+        dice = 2 * DICE_PER_VIEW + (model.ffl.masking.draws if model.ffl is not None else 0)
+        faces = Faces(paths, s.view_size, s.ffl_size, s.crop_min, s.seed, dice=dice)
+        super().__init__(s, world, faces, model, trained=model)
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         with torch.no_grad(), full_precision(batch["dice"]):
@@ -1668,9 +1628,8 @@ class Pretraining(Run):
     @functools.cached_property
     def images(self) -> Tensor:
         """Those set aside, read when they are first needed."""
-        faces = Faces(self.aside, 1, 1, 1, 0)
-        return torch.stack([TF.pil_to_tensor(TF.resize(faces.read(i)[0], self.faces.ffl_size))
-                            for i in range(len(faces))])
+        faces = Faces(self.aside, 0, self.s.ffl_size, 1, 0, crops=0)
+        return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(faces))])
 
     def epoch_ends(self, epoch: int, step: int) -> None:
         if not self.aside or self.model.ffl is None:
@@ -1715,48 +1674,24 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
         chosen += [mine[i] for i in order[:max(1, round(share * len(mine)))]]
     return sorted(chosen)
 
-class LabelledFaces(Faces):
-    """Pictures with labels. faces[epoch, index, weight] -> a dict of scalars and image (3, 224,
-    224) uint8: a random crop, flipped or not; with `crop_min` None the whole picture. (Sec. B)"""
-    tries = 1  # the next picture may have another label: a black one takes its place
-
-    def __init__(self, paths: list[str], labels: list[int], size: int, crop_min, seed: int):
-        super().__init__(paths, size, size, crop_min, seed)
-        self.labels = labels
-
-    def __getitem__(self, key: tuple[int, int, float]) -> dict[str, Tensor]:
-        epoch, index, weight = key
-        picture, unreadable = self.read(index)
-        box, flip = (0, 0, picture.height, picture.width), 0
-        if self.crop_min is not None:
-            (box,), flip = throw(picture, 1, 1, self.crop_min, self.seed, epoch, index)
-        image = TF.pil_to_tensor(TF.resized_crop(picture, *box, self.view_size))
-        scalars = dict(weight=weight, label=self.labels[index], index=index, unreadable=unreadable)
-        return {k: torch.tensor(v) for k, v in scalars.items()} | {
-            "image": image.flip(2) if flip > 0.5 else image}
-
 class Head(nn.Linear):
     """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)"""
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
             return super().forward(x.float())
 
-def run_settings(name: str) -> dict:
-    """A run's settings and its `data_name`; without such a run, its name stands for the data."""
-    try:
+def run_settings(name: str, needed: bool = False) -> dict:
+    """A run's settings and its `data_name`; where there is no such run, nothing, or if it is needed
+    a Problem with the runs that there are."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(Path("runs", name, "log.jsonl")) as log:
             settings = json.loads(log.readline())["settings"]
         return settings | {"data_name": Path(settings["data"]).resolve().name}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {"data": name, "data_name": name}
-
-def known_run(name: str) -> dict:
-    """`run_settings` of a run that must be there. Raises Problem, with the runs that there are."""
-    if "seed" not in (settings := run_settings(name)):
+    if needed:
         there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
         raise Problem(f"there is no run {name}; runs/ has {there or 'none'}: choose one with "
                       f"--name, or take an untrained net of --data NAME with --init random.")
-    return settings
+    return {}
 
 def with_digest(path: Path) -> str:
     """A file's path and the beginning of its SHA-256."""
@@ -1771,15 +1706,15 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
             saved = torchvision.models.get_model(s.arch, weights="IMAGENET1K_V1").state_dict()
         except Exception as error:  # an unknown net, no network, no space
             raise Problem(f"no ImageNet weights for --arch {s.arch} could be had ({error}); give "
-                          f"another --arch or --init, or put them into torch's hub folder.") from None
+                          f"another, or put them into torch's hub folder.") from None
     elif s.init != "random":
-        own = Path("runs", s.name, f"linear-{run['data_name']}.pt" if tune else "backbone.pt")
+        linear = f"linear-{run.get('data_name', s.name)}.pt"
+        own = Path("runs", s.name, linear if tune else "backbone.pt")
         path, backbone = Path(s.init or own), own.with_name("backbone.pt")
         if not path.exists():
-            data = run["data"] if "seed" in run else s.data
             raise Problem(f"{path} is missing, from which this starts; " + (
                 "check --init." if s.init else f"give an --init, or make it: `python simfle.py "
-                f"--data {data} --name {s.name}{' --eval' * tune}`."))
+                f"--data {run.get('data', s.data)} --name {s.name}{' --eval' * tune}`."))
         saved, origin = load_file(path), with_digest(path)
         if (tune and not s.init and backbone.exists()
                 and saved.get("start") != with_digest(backbone)):
@@ -1828,23 +1763,25 @@ class Evaluation(Run):
         self.tag = "-".join(filter(None, (
             s.eval, s.eval == "semi" and f"{s.labels:g}", Path(s.data).resolve().name,
             Path(s.init).stem, s.oversample and "oversample")))
-        super().__init__(s, world, LabelledFaces(paths, labels, s.view_size, s.crop_min, s.seed),
-                         net, trained=net.fc if self.frozen else net, suffix="-" + self.tag,
-                         weights=mass[labels] if s.oversample else None, start=origin)
+        faces = Faces(paths, s.view_size, 0, s.crop_min, s.seed, crops=1, dice=1, labels=labels)
+        super().__init__(s, world, faces, net, trained=net.fc if self.frozen else net,
+                         suffix="-" + self.tag, weights=mass[labels] if s.oversample else None,
+                         start=origin)
         self.before = {k: v.clone() for k, v in net.state_dict().items()
                        if self.frozen and k[:3] != "fc."}
 
-    def predict(self, wrapped: nn.Module, image: Tensor) -> Tensor:
+    def predict(self, wrapped: nn.Module, x: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
-        x = normalise(image, self.colours)
+        x = normalise(x, self.colours)
         if self.frozen:
             with torch.no_grad():
                 x = feature_map(self.model, x).mean(dim=(2, 3))
         return wrapped(x)
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
-        label, weight = batch["label"], batch["weight"]  # 0 for repeated images
-        logits = self.predict(self.wrapped, batch["image"])
+        label, weight, x = batch["label"], batch["weight"], batch["views"][:, 0]
+        x = torch.where((batch["dice"] > 0.5)[:, :, None, None], x.flip(3), x)
+        logits = self.predict(self.wrapped, x)
         # The mean count over processes: so DDP's mean of gradients is that of the whole batch.
         count = min(self.batches.batch, len(self.faces) - place[1]) / self.world.size
         loss = (weight * F.cross_entropy(logits, label, reduction="none")).sum() / count
@@ -1863,7 +1800,8 @@ class Evaluation(Run):
         """(classes, classes): how many test images of class i (row) were taken for class j. Each
         counts once, whatever the number of processes. Raises Problem."""
         world, K, size = self.world, len(self.classes), min(256, self.s.batch_size)
-        faces = LabelledFaces(*self.val, self.s.view_size, None, 0)
+        paths, labels = self.val
+        faces = Faces(paths, 0, self.s.view_size, 1, 0, crops=0, labels=labels)
         # Every W-th image is this process's; where there is none, one that weighs nothing.
         mine = [(0, i, 1.0) for i in range(world.rank, len(faces), world.size)] or [(0, 0, 0.0)]
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
@@ -1889,7 +1827,7 @@ class Evaluation(Run):
         s, (mean, std), path = self.s, self.colours, self.folder / f"{self.tag}.pt"
         result = summary(self.confusion(), self.classes) | dict(
             protocol=s.eval, settings=self.settings, reported="last epoch")
-        if self.world.first:
+        if self.world.rank == 0:
             saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
                          classes=self.classes, mean=mean, std=std, arch=s.arch, size=s.view_size,
                          start=self.settings["start"])
@@ -1922,7 +1860,7 @@ def evaluate(s: Settings, world: World) -> dict:
     """Runs the protocol; before fine-tuning on a run's own data, the linear one if need be."""
     data = Path(s.data).resolve().name
     if s.eval == "finetune" and not s.init and agree(world, lambda: (
-            run_settings(s.name)["data_name"] == data
+            run_settings(s.name).get("data_name", s.name) == data
             and not Path("runs", s.name, f"linear-{data}.pt").exists())):
         Evaluation(replace(s, **as_linear(s)), world).go()
     return Evaluation(s, world).go()
@@ -2086,16 +2024,14 @@ GFLS = {
 
 # ================================ main ================================
 
-@functools.cache
 def helper(name: str):
     """data/NAME.py, which imports this file: what draws and what times is no part of the method."""
-    path = Path(__file__).resolve().with_name("data") / f"{name}.py"
-    if not path.exists():
-        raise Problem(f"{path} is missing; copy the folder data/ along with this file.")
     sys.modules.setdefault("simfle", sys.modules[__name__])  # this very module, not a second one
-    spec = importlib.util.spec_from_file_location(f"simfle_{name}", path)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
+    sys.path.insert(0, str(Path(__file__).resolve().with_name("data")))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise Problem(f"{error} in {sys.path[0]}; copy that folder along with this file.") from None
 
 def run(orders: dict) -> None:
     """Decides what to do; the only place that does. Raises Problem."""
@@ -2119,7 +2055,7 @@ def compare_with_untrained(s: Settings, world: World) -> None:
     for init in ("random", ""):
         results.append(evaluate(replace(s, **as_linear(s), init=init), world))
         agree(world, lambda: helper("draw").draw_figures(replace(s, init=init)))
-    if world.first:
+    if world.rank == 0:
         untrained, trained = (result["accuracy"] for result in results)
         print(f"Linear accuracy on {results[1]['images']} held-out toy faces of "
               f"{len(results[1]['per_class'])} expressions: {untrained:.1f} % with the untrained "

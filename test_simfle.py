@@ -660,7 +660,6 @@ def test_every_colour_and_blur_equals_torchvision_for_the_same_parameter(size):
         assert (got[b] - expected).abs().max() < level, sigmas[b]
     assert kernel % 2 == 1 and (size != 224 or kernel == 23)
     torch.testing.assert_close(S.gaussian_blur(x, torch.zeros(4), kernel), x)
-    torch.testing.assert_close(S.grey(x), TF.rgb_to_grayscale(x), atol=1e-3, rtol=0)
 
 
 def test_the_dice_of_an_image_decide_alone_what_happens_to_it():
@@ -674,7 +673,7 @@ def test_the_dice_of_an_image_decide_alone_what_happens_to_it():
                                rtol=0)
     out = S.augment(x, torch.tensor([flipped, greyed, blurred]), order)
     torch.testing.assert_close(out[0], plain[0].flip(2), atol=1e-4, rtol=0)
-    torch.testing.assert_close(out[1], S.normalise(S.grey(x / 255).expand(-1, 3, -1, -1))[1],
+    torch.testing.assert_close(out[1], S.normalise(TF.rgb_to_grayscale(x / 255, 3))[1],
                                atol=1e-4, rtol=0)
     expected = TF.gaussian_blur(x[2] / 255, [3, 3], [(0.1 + 1.9 * 0.5) * 32 / 224] * 2)
     torch.testing.assert_close(out[2], S.normalise(expected[None])[0], atol=1e-2, rtol=0)
@@ -1184,20 +1183,24 @@ def test_accuracies_are_of_rows_and_their_mean():
     assert got["accuracy"] == pytest.approx(500 / 6) and got["images"] == 6
 
 
-def test_training_pictures_are_cropped_and_flipped_and_test_pictures_are_not(trained):
-    path = str(trained / "colours/train/0_a/0.png")
-    picture, faces, flips = S.read_picture(path), S.LabelledFaces([path], [0], 32, 0.08, 0), 0
-    items = [faces[e, 0, 1.0]["image"] for e in range(200)]
-    for epoch, image in enumerate(items):
-        (box,), _ = S.throw(picture, 1, 1, 0.08, 0, epoch, 0)
+def test_training_pictures_are_cropped_and_flipped_and_test_pictures_are_not(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    with S.processes() as world:
+        run = S.Evaluation(settings(["--data", "colours", "--eval", *EVAL, "--fresh"]), world)
+    seen, flips = [], 0
+    monkeypatch.setattr(run, "predict", lambda wrapped, x: (seen.append(x),
+                                                            torch.zeros(len(x), 3))[1])
+    picture = S.read_picture(run.faces.paths[0])
+    run.losses(torch.utils.data.default_collate([run.faces[e, 0, 1.0] for e in range(200)]), (0, 0))
+    for epoch, image in enumerate(seen[0]):
+        (box,), _ = S.throw(picture, 1, 1, run.s.crop_min, 0, epoch, 0)
         crop = TF.pil_to_tensor(TF.resized_crop(picture, *box, [32, 32]))
         flips += torch.equal(image, crop.flip(2))
         assert torch.equal(image, crop) != torch.equal(image, crop.flip(2))
-    assert 70 < flips < 130 and not torch.equal(items[0], items[1])
-    whole = S.LabelledFaces([path], [0], 32, None, 0)
-    expected = TF.pil_to_tensor(TF.resize(Image.open(path), [32, 32]))
-    for epoch in range(9):
-        assert torch.equal(whole[epoch, 0, 1.0]["image"], expected)
+    assert 70 < flips < 130 and not torch.equal(seen[0][0], seen[0][1])
+    run.confusion()
+    whole = [TF.pil_to_tensor(TF.resize(Image.open(path), [32, 32])) for path in run.val[0]]
+    assert torch.equal(torch.cat(seen[1:]), torch.stack(whole)) and len(whole) == 15
 
 
 def test_labels_are_shared_out_by_class_and_by_the_seed_alone():
@@ -1228,10 +1231,10 @@ def test_an_image_drawn_twice_in_an_epoch_gets_two_crops(trained):
     weights = torch.tensor([0.0] * 4 + [1.0] + [0.0] * (len(paths) - 5)).double()
     keys = [k for step in S.Batches(len(paths), 6, 4, 0, weights=weights) for k in step]
     assert {index for _, index, _ in keys} == {4} and len(set(keys)) == len(keys) == 24
-    faces = S.LabelledFaces(paths, [0] * len(paths), 32, 0.08, 0)
+    faces = S.Faces(paths, 32, 0, 0.08, 0, crops=1, dice=1, labels=[0] * len(paths))
     thrown = {tuple(map(tuple, S.throw(S.read_picture(paths[4]), 1, 1, 0.08, 0, e, i)[0]))
               for e, i, _ in keys}
-    assert len(thrown) > 20 and torch.equal(faces[keys[3]]["image"], faces[keys[3]]["image"])
+    assert len(thrown) > 20 and torch.equal(faces[keys[3]]["views"], faces[keys[3]]["views"])
 
 
 def test_the_head_is_fp32_under_bf16():

@@ -94,7 +94,7 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
             run.optimizer.step()
             run.optimizer.zero_grad()
             run.model.update()
-    if world.first:
+    if world.rank == 0:
         images, macs = run.batches.batch, counter.get_total_flops() / 2
         memory = (torch.cuda.max_memory_allocated() if cuda else math.nan if resource is None else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -94,7 +94,7 @@ def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
 
 def read_faces(paths: list[str], size: int) -> Tensor:
     """Pictures as (B, 3, size, size) in [0, 1]; black where one cannot be read."""
-    faces = simfle.LabelledFaces(paths, [0] * len(paths), size, None, 0)
+    faces = simfle.Faces(paths, 0, size, 1, 0, crops=0, labels=[0] * len(paths))
     return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(paths))]) / 255
 
 
@@ -305,7 +305,7 @@ def figures_of(s: simfle.Settings, folder: Path, own: dict, records: list[dict])
 def draw_figures(s: simfle.Settings) -> None:
     """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
     folder, records, state, suffix = Path("runs", s.name), [], "untrained", "-untrained"
-    own = (simfle.run_settings if s.init == "random" else simfle.known_run)(s.name)
+    own = simfle.run_settings(s.name, needed=s.init != "random")
     if s.init != "random":
         for line in (folder / "log.jsonl").read_text().splitlines():
             with contextlib.suppress(ValueError):  # the run may be writing its last line
