@@ -17,8 +17,8 @@ and letters are the paper's.
 
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
 gives another name): checkpoint.pt holds everything, and a run that finds it goes on from it;
-backbone.pt is a torchvision state dict without `fc`; log.jsonl is the log. The running statistics
-in backbone.pt are process 0's, by default of two views and the plain face of every image.
+backbone.pt is a torchvision state dict without `fc`, its running statistics those of process 0, by
+default of two views and the plain face of every image; log.jsonl is the log.
 
 Letters
     I, v1, v2     a face, and two augmented views of it
@@ -73,7 +73,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -93,30 +92,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+fcntl = None if os.name == "nt" else importlib.import_module("fcntl")  # Windows has none
 
 # ================================ Part I: the method ================================
-#
-# Plain tensors in, plain tensors out. Nothing in this part knows a settings object, a device, a
-# process group or a file, so each piece can be pasted elsewhere with the imports above. The numbers
-# in the shapes are the default settings': batch B, ResNet-50, views of 224 pixels, I of 112.
+# Plain tensors in, plain tensors out: no settings object, device, process group or file, so that
+# each piece can be pasted elsewhere with the imports above. The numbers in the shapes are those of
+# the paper's setting: ResNet-50, views of 224 pixels, I of 112; B is the batch.
 
 def full_precision(x: Tensor):
-    """A context in which x's device computes as it is told, even inside `torch.autocast`.
+    """A context in which x's device computes as it is told, even inside `torch.autocast`. (ours)
 
-    Norms, cosines, softmax, Eq. 2 and the scores need fp32: bf16 has 8 bits of mantissa, so that
-    many of 49 scores would be equal, and which patch is masked an accident. (Sec. 3, ours)"""
+    Norms, cosines, softmax, Eq. 2 and the scores need fp32: with the 8 bits of bf16's mantissa many
+    of 49 scores would be equal, and which patch is masked an accident."""
     return torch.autocast(x.device.type, enabled=False)
 
 class Backbone(nn.Module):
     """A torchvision ResNet that gives its last feature map and the map's mean. (Sec. 3, Fig. 2)
 
-    Its `fc` is taken off: `resnet.state_dict()` is what torchvision's own model loads, but for
-    `fc.*`. forward: (B, 3, 224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). Of 112 pixels the
-    map is 4 × 4."""
+    Its `fc` is taken off: `resnet.state_dict()` is torchvision's, but for `fc.*`. forward: (B, 3,
+    224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). Of 112 pixels the map is 4 × 4."""
     def __init__(self, resnet: nn.Module | None = None):
         super().__init__()
         self.resnet = torchvision.models.resnet50() if resnet is None else resnet
@@ -141,7 +135,6 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
                          nn.Linear(hidden, outputs))
 
 # ===== 3.1 GFL: global facial feature learning =====
-#
 # Two views of one face, cropped and coloured at random, should mean the same. Asking just that has
 # a trivial answer: map every face to one point, a collapse. BYOL avoids it without ever comparing
 # two different faces. The online stream f_θ (backbone, projector, predictor) predicts what the
@@ -149,9 +142,8 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # towards the prediction; it follows the online stream slowly, so that each step moves f_θ towards
 # an older and, by averaging, steadier self.
 #
-# Whether it worked can be seen: `spread` below, the deviation of the normalised projections over
-# the batch, falls to 0 in a collapse. 256 numbers that share a unit length evenly deviate by
-# 1/√256 = 0.0625 each.
+# Whether it worked can be seen: `spread`, the deviation of the normalised projections over the
+# batch, falls to 0 in a collapse; 256 numbers that share a unit length evenly have 1/√256 = 0.0625.
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
     """How far a prediction is from the target's projection. (Sec. 3.1, Eq. 1)
@@ -167,9 +159,8 @@ def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
         return (2 - 2 * F.cosine_similarity(p.float(), z.float(), dim=1)).mean()
 
 def spread(z: Tensor) -> Tensor:
-    """The deviation of unit-length projections over the batch, averaged over their dimensions.
-
-    z: (B, 256). Returns (): 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
+    """The deviation over the batch of projections z (B, 256) at unit length, () the mean over their
+    dimensions: 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
     with full_precision(z):
         return F.normalize(z.float(), dim=1).std(dim=0).mean()
 
@@ -177,9 +168,8 @@ def spread(z: Tensor) -> Tensor:
 def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """ρ ← τ ρ + (1 − τ) θ, over all parameters in one fused call. (Sec. 3.1)
 
-    target, online: modules of the same shape, weights in fp32: with τ = 0.99 a step moves ρ by one
-    hundredth of the difference, which bf16 would often round to nothing. Buffers are left alone
-    (see `BYOL`).
+    target, online: modules of the same shape, in fp32: with τ = 0.99 a step moves ρ by a hundredth
+    of the difference, which bf16 would often round to nothing. Buffers stay (see `BYOL`).
 
         online = mlp(2048)
         target = copy.deepcopy(online).requires_grad_(False)
@@ -188,8 +178,7 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 class Stream(nn.Module):
-    """Backbone and projector. forward: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
-    (Sec. 3.1, Fig. 2)"""
+    """Backbone and projector: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048). (Fig. 2)"""
     def __init__(self, backbone: Backbone, projector: nn.Module):
         super().__init__()
         self.backbone, self.projector = backbone, projector
@@ -229,8 +218,8 @@ class BYOL(nn.Module):
         z2, h2 = self.online(v2)
         with torch.no_grad():
             target1, target2 = self.target(v1)[0], self.target(v2)[0]
-        # Paper: "The same process can be done again by swapping the positions of v1 and v2." Both
-        # orders are added, not averaged: L_s runs from 0 to 8.
+        # Paper: "The same process can be done again by swapping the positions of v1 and v2." The
+        # two are added, not averaged: L_s runs from 0 to 8.
         L_s = (similarity_loss(self.predictor(z1), target2)
                + similarity_loss(self.predictor(z2), target1))
         return L_s, [h1, h2], z1
@@ -240,7 +229,6 @@ class BYOL(nn.Module):
         ema_update(self.target, self.online, self.tau)
 
 # ===== 3.2 Channel grouping =====
-#
 # FFL wants the backbone to say which parts of a face matter. What it has are c′ = 2048 channels,
 # each a small picture of where something was found, many of them alike. A 1 × 1 convolution mixes
 # them into c′ new ones, of which channel k belongs to group k // (c′/N_g): 32 groups of 64. Eq. 2
@@ -277,9 +265,8 @@ class ChannelGrouping(nn.Module):
         super().__init__()
         if channels % groups:
             raise ValueError(f"{groups} channel groups do not divide {channels} channels")
-        # Departure 3: PyTorch's own random start. The authors set the weights to one constant; then
-        # all channels are equal, every gradient is the same for all of them, and only rounding
-        # noise takes them apart: about 45 steps of SGD later.
+        # Departure 3: PyTorch's own random start. With the authors' constant all channels, and all
+        # their gradients, are equal until rounding noise takes them apart, 45 steps of SGD later.
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
         self.norm = nn.BatchNorm2d(channels)
 
@@ -308,15 +295,14 @@ def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> tuple[Tenso
     """Channels of a group alike, of different groups unlike. (Sec. 3.2, Eq. 2)
 
     C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′,
-    averaged over the batch; and mean D² between and within groups, () each, without gradient. For
-    the example of `pair_sums`, (2 − 7)/4 = −1.25, 2/8 and 7/8. Departure 2 is the division: as it
-    stands, β = 0.03 gives a gradient of norm 10⁴ in the first step and diverges; divided by the c′²
-    pairs, nothing is learnt.
+    averaged over the batch; and mean D² between and within groups, () each, without gradient. In
+    the example of `pair_sums` (2 − 7)/4 = −1.25, 2/8 and 7/8. Departure 2 is the division: without
+    it the first gradient has norm 10⁴ at β = 0.03 and all diverges; by c′², nothing is learnt.
 
-    `balanced` is mean D² between less mean D² within. It is not the paper's, but it groups: Eq. 2
-    counts a channel's 63 partners once and its 1,984 strangers once as well, and so mostly makes
-    channels unlike. In 400 steps on frozen features mean D² went from 0.151 to 0.074 between groups
-    and from 0.165 to 0.145 within them; balanced, to 0.13 and to 0.98.
+    `balanced`, mean D² between less mean D² within, is not the paper's, but it groups: Eq. 2 counts
+    a channel's 63 partners once and its 1,984 strangers once as well, so it mostly makes channels
+    unlike. In 400 steps on frozen features mean D² went from 0.151 to 0.074 between groups and from
+    0.165 to 0.145 within them; balanced, to 0.13 and to 0.98.
 
         C = torch.rand(2, 2048, 4, 4, requires_grad=True)
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
@@ -331,7 +317,6 @@ def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> tuple[Tenso
     return L_g, D2_between.detach(), D2_within.detach()
 
 # ===== 3.2 Semantic masking =====
-#
 # MAE masks patches at random. Here a channel group decides: its 64 channels are summed to one score
 # map, and the patches with the lowest scores are masked. What the backbone finds interesting stays
 # visible. Each image draws its own group, anew in every epoch, so all groups have their say.
@@ -379,8 +364,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
     a: (B, N_p) scores. Returns keep (B, N_p − N_m), the indices of the highest, and mask (B, N_p),
     0 kept and 1 masked. Of 49 at γ = 0.75, ⌊49 · 0.25⌋ = 12 are kept, 37 masked. At least one of
-    each, or there is nothing to see or nothing to learn. Equal scores: the earlier patch is kept.
-    """
+    each, or there is nothing to see or nothing to learn. Of equal scores the first is kept."""
     B, N_p = a.shape
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
     keep = a.argsort(dim=1, descending=True, stable=True)[:, :kept]
@@ -403,9 +387,9 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # where const is soft_i as a plain number and σ′_i the sigmoid's slope there.
 #
 # Errors enter as constants: the autoencoder must not be paid for spreading its errors. ē is their
-# mean over the image's masked patches; without it every masked patch would rise, hard or easy.
-# M_i is the hard mask: kept patches are seen but never scored by L_r, their output is untrained and
-# its "error" means nothing; let in, the mask feeds on itself. (Departure 1.)
+# mean over the image's masked patches; without it every one would rise, hard or easy. M_i is the
+# hard mask: the "error" of a kept patch, which L_r never scores, means nothing; let in, the mask
+# feeds on itself. (Departure 1.)
 
 SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place of 0/0
 
@@ -432,11 +416,9 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
         return kappa * term.sum(dim=1).mean()
 
 # ===== 3.2 FaceMAE =====
-#
 # A masked autoencoder: a ViT encodes the 12 visible patches, a smaller one guesses the 37 others
-# from them. From so little a face can only be completed by knowing how faces hang together, which
-# is the point. Its image is the whole picture, resized and not augmented: what is to be learnt here
-# is where things are in a face.
+# from them, which takes knowing how faces hang together. Its image is the whole picture, resized
+# and not augmented: what is to be learnt here is where things are in a face.
 
 PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
 
@@ -506,11 +488,6 @@ class MaskedAutoencoder(nn.Module):
         """(B, 3, 112, 112) -> (B, 49, 768): row by row, and in a patch the colours last."""
         return rearrange(I, "b c (gh p) (gw q) -> b (gh gw) (p q c)", p=self.patch, q=self.patch)
 
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """The inverse of `patchify`."""
-        return rearrange(patches, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=self.grid,
-                         p=self.patch, q=self.patch)
-
     def encode(self, patches: Tensor, keep: Tensor) -> Tensor:
         """(B, 49, 768), (B, 12) -> (B, 13, 768): the class token, then the visible patches."""
         x = self.embed(patches) + self.position[:, 1:]
@@ -575,12 +552,10 @@ class FaceMAE(nn.Module):
         return L_r, tokens, L_g, D2_between, D2_within
 
 # ===== 3.3 Connecting two branches =====
-#
 # FFL wants easy reconstruction, GFL wants views alike; if both pull at the backbone, it breaks:
-# 20.98 % in place of 44.01 % (Table 3, b and d). So FFL is cut off. The map X that makes the scores
-# carries no gradient back, and the branches only compare notes: the autoencoder's vector of the
-# face and the backbone's vectors of its two views go through projectors of their own, and each
-# should give the distribution of their mean vector.
+# 20.98 % in place of 44.01 % (Table 3, b and d). So the map X that makes the scores carries no
+# gradient back, and the branches only compare notes: the autoencoder's vector of the face and the
+# backbone's of its views, each through a projector, should give the distribution of their mean.
 
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     """Each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
@@ -588,11 +563,10 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over them, averaged over the batch.
 
     Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)), its order and gradient left open. As in the
-    authors' code, z̄ teaches: it stands first, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all that
-    the teacher thinks likely must be covered, and it is a constant. (That it is changes nothing in
-    this order: the gradients by z̄ cancel, because Σ_i (z̄ − z_i) = 0.) t² is Hinton's: the
-    softmax's gradient shrinks by 1/t, the difference of the distributions by another, and t² makes
-    the size independent of t.
+    authors' code, z̄ teaches: KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all that the teacher finds
+    likely must be covered, with z̄ a constant. (Which changes nothing in this order: the gradients
+    by z̄ cancel, as Σ_i (z̄ − z_i) = 0.) t² is Hinton's: the softmax's gradient shrinks by 1/t, the
+    difference of the distributions by another, and t² makes the size independent of t.
 
         zs = list(torch.randn(3, 8, 256, requires_grad=True))
         L_d = distillation_loss(zs, t=4.0)
@@ -605,7 +579,6 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
                                    reduction="batchmean") for z in zs)
 
 # ===== 3.3 Total loss =====
-#
 # Who trains whom ("–" is no gradient at all; a test holds this table):
 #
 #           backbone   projector, predictor   grouping layer   encoder   decoder   distil heads
@@ -620,8 +593,7 @@ class SimFLE(nn.Module):
     gfl: `BYOL`, or another of Part IV. ffl: a `FaceMAE` for the channels of gfl's backbone.
     forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
     augmented; u, what `SemanticMasking` draws from -> a dict of scalars: `loss` with gradient, and
-    without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. After every step of the optimiser,
-    call `update()`."""
+    without it L_s, L_r, L_d, L_g, spread, D2_between, D2_within. `update()` follows each step."""
     def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
                  hidden: int = 4096, outputs: int = 256, alpha: float = 0.3, beta: float = 0.03,
                  t: float = 4.0):
@@ -661,7 +633,7 @@ class SimFLE(nn.Module):
                       D2_between=D2_between, D2_within=D2_within)
 
     def update(self) -> None:
-        """What changes without gradient, once after every step: the target (Sec. 3.1)."""
+        """What changes without gradient, after every step: the target. (Sec. 3.1)"""
         self.gfl.update()
 
 def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
@@ -676,10 +648,9 @@ def setting(default, help: str):
 
 @dataclass
 class Settings:
-    """All settings; the fields are the command line (`batch_size` is `--batch-size`).
-
-    Each says its unit and where it comes from: the section of the paper, "authors" for their public
-    code, "ours" for what neither gives. The defaults are the preset `paper`."""
+    """All settings, and the command line (`batch_size` is `--batch-size`). Each says its unit and
+    its source: a section of the paper, "authors" for their public code, "ours" for what neither
+    gives. The defaults are the preset `paper`."""
     data: str = setting("toy", "a folder of pictures, or the name of one in data/; toy: the demo")
     name: str = setting("", "of the run: results go to runs/NAME; default: the data's name (ours)")
     preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)")
@@ -731,24 +702,19 @@ class Settings:
     log_every: int = setting(20, "steps between two lines of log.jsonl, which holds means (ours)")
 
 # laptop was found by measurement on the toy faces: 64-pixel views, 7 × 7 patches of 8 pixels.
-PRESETS = {
-    "paper": {},
-    "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
-                   batch_size=64, lr=0.4, steps=400, crop_min=0.3, queue=1024),
-}
-VITS = {
-    "base": {},  # as `MaskedAutoencoder` stands
-    "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4),
-}
+PRESETS = {"paper": {},
+           "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
+                          batch_size=64, lr=0.4, steps=400, crop_min=0.3, queue=1024)}
+VITS = {"base": {},  # as `MaskedAutoencoder` stands
+        "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2,
+                     decoder_heads=4)}
 # Supplement B. Rates are per 256 images: 2.0 at 1024; 0.05 and 0.001 at 512.
-PROTOCOLS = {
-    "paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
-              "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
-              "finetune": dict(epochs=100, batch_size=512, lr=0.0005, weight_decay=1e-4)},
-    "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1, weight_decay=0.0),
-               "semi": dict(epochs=20, batch_size=64, lr=0.025, weight_decay=1e-4),
-               "finetune": dict(epochs=10, batch_size=64, lr=0.0005, weight_decay=1e-4)},
-}
+PROTOCOLS = {"paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
+                       "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
+                       "finetune": dict(epochs=100, batch_size=512, lr=0.0005, weight_decay=1e-4)},
+             "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1, weight_decay=0.0),
+                        "semi": dict(epochs=20, batch_size=64, lr=0.025, weight_decay=1e-4),
+                        "finetune": dict(epochs=10, batch_size=64, lr=0.0005, weight_decay=1e-4)}}
 # What may differ between a checkpoint and the run that goes on from it.
 FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare",
         "benchmark"}
@@ -759,34 +725,33 @@ RANGES = {  # of numbers; those that are not here may be anything
     "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
     "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
     "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
-    "from 0 to 1": (lambda v: 0 <= v <= 1, "tau"),
-}
+    "from 0 to 1": (lambda v: 0 <= v <= 1, "tau")}
 HERE = Path(__file__).resolve().parent
 # AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 class Problem(Exception):
-    """Something a user can mend: a sentence that says what, where and what to do. `code` is what
-    the program ends with."""
+    """Something a user can mend: a sentence that says what, where and what to do."""
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(sentence)
-        self.code = code
+        self.code = code  # that the program ends with
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are Problems, so that three processes complain once."""
-    def error(self, message: str):
-        raise Problem(f"{message}; `python simfle.py --help` lists the options.")
-
-def registered() -> dict:
-    """The options whose values name a part, and the parts there are, a user's own among them."""
-    return dict(arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"))
+class Parts(dict):
+    """Parts that go by a name on the command line. Raises Problem for a name that is not there."""
+    def __missing__(self, name: str):
+        raise Problem(f"there is no part {name} here, only {', '.join(self)}; choose one, or give "
+                      f"these options to the script that adds it.")
 
 def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
-    parser = Parser(allow_abbrev=False, description="SimFLE: self-supervised facial expression "
-                    "recognition. Defaults in brackets: the paper's pre-training.")
-    choices = registered() | dict(preset=PRESETS, connection=("distil", "direct"), vit=VITS,
-                                  grouping=("paper", "balanced"), eval=PROTOCOLS["paper"])
+    def complain(message: str):  # as a Problem, so that three processes do it once
+        raise Problem(f"{message}; `python simfle.py --help` lists the options.")
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="SimFLE: self-supervised "
+        "facial expression recognition. Defaults in brackets: the paper's pre-training.")
+    parser.error = complain
+    choices = dict(preset=PRESETS, connection=("distil", "direct"), vit=VITS,
+                   grouping=("paper", "balanced"), eval=PROTOCOLS["paper"])
     for f in fields(Settings):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(nargs="+") if f.default == () else
@@ -800,15 +765,10 @@ def read_orders(argv: list[str] | None = None) -> dict:
 def read_settings(orders: dict) -> Settings:
     """The orders, on top of the preset, the protocol and the evaluated run. Raises Problem."""
     if orders.keys() & {"figures", "eval"} and "name" in orders and "data" not in orders:
-        orders["data"] = run_settings(orders["name"], needed=True)["data"]  # the run's own
+        orders = orders | {"data": run_settings(orders["name"], needed=True)["data"]}
     data, protocol = orders.get("data", "toy"), orders.get("eval", "")
     name = orders.get("name") or Path(data).resolve().name
     trained = run_settings(name) if protocol or orders.get("figures") else {}
-    for key, table in registered().items():
-        if trained.keys() - orders >= {key} and trained[key] not in table and (
-                key == "arch" or not protocol):
-            raise Problem(f"runs/{name} has --{key} {trained[key]}, which is not in this script; "
-                          f"give these options to the one that adds it.")
     preset = orders.get("preset") or trained.get("preset") or (
         "laptop" if Path(data).name == "toy" else "paper")
     base = dict(PRESETS[preset])
@@ -819,12 +779,10 @@ def read_settings(orders: dict) -> Settings:
         base["tau"] = 0.999  # over the laptop's 400 steps the target would hardly move
     if "epochs" in orders:
         base["steps"] = 0  # asked for in epochs, a preset's steps do not count
-    s = Settings(**base | orders | {"preset": preset, "name": name})
-    check_settings(s)
-    return s
+    return checked(Settings(**base | orders | {"preset": preset, "name": name}))
 
-def check_settings(s: Settings) -> None:
-    """Raises Problem for what cannot work, before anything is loaded."""
+def checked(s: Settings) -> Settings:
+    """The same settings. Raises Problem for what cannot work, before anything is loaded."""
     for words, (within, names) in RANGES.items():
         for name in names.split():
             if not within(value := getattr(s, name)):
@@ -844,12 +802,11 @@ def check_settings(s: Settings) -> None:
         raise Problem("--connection direct has nothing to connect with --ffl none; leave one out.")
     if s.ffl_size == s.patch:
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
+    return s
 
 def small_resnet(width: int = 32) -> nn.Module:
-    """A ResNet for laptops: one block a stage, `width` channels in the first, stride 16. (ours)
-
-    The last stage keeps its resolution: at 56 pixels the map is 4 × 4. With a stride of 32 it would
-    be 2 × 2, and a mask of 7 × 7 patches drawn from four numbers says nothing about a face."""
+    """A ResNet for laptops: one block a stage, `width` channels in the first. With its stride of 16
+    the map of 56 pixels is 4 × 4; with 32, four numbers would have to draw 49 patches. (ours)"""
     block = torchvision.models.resnet.BasicBlock
     net = torchvision.models.ResNet(block, [1, 1, 1, 1])
     net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -862,10 +819,10 @@ def small_resnet(width: int = 32) -> nn.Module:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
 
-RESNETS = {"small": small_resnet} | {
+RESNETS = Parts({"small": small_resnet} | {
     name: functools.partial(torchvision.models.get_model, name) for name in
     ("resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d "
-     "wide_resnet50_2 wide_resnet101_2").split()}
+     "wide_resnet50_2 wide_resnet101_2").split()})
 
 def build_model(s: Settings, world=None) -> nn.Module:
     """The model that the settings describe, its weights drawn from the seed. Raises Problem."""
@@ -888,7 +845,6 @@ def build_model(s: Settings, world=None) -> nn.Module:
 # ================================ Part II: training ================================
 
 # ===== 4.1 Pictures =====
-#
 # A loading process decodes a picture, cuts and resizes its two crops and the whole face, and hands
 # them over as bytes. Colours, blur and normalisation follow on the whole batch, on its device: in
 # Pillow they cost several times the decoding. Randomness is a function, not a state: what happens
@@ -897,8 +853,8 @@ def build_model(s: Settings, world=None) -> nn.Module:
 
 def stream_of(*key) -> torch.Generator:
     """A generator for this key alone, the same in every process, on every machine. (ours)"""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).hexdigest()
+    return torch.Generator().manual_seed(int(digest, 16))
 
 def find_data(name: str) -> Path:
     """The folder that --data means. Raises Problem, with the folders that there are."""
@@ -991,7 +947,6 @@ class Faces(Dataset):
         return item
 
 # ===== 4.1 Augmentation =====
-#
 # SimCLR's list at strength 1: crop (above), flip with probability ½, with 0.8 a jitter of
 # brightness, contrast and saturation by factors from 0.2 to 1.8 and of the hue by up to 0.2 of a
 # turn, grey with 0.2, blur with ½. Each function does to a batch x (B, 3, H, W) in [0, 1] what
@@ -1088,20 +1043,20 @@ class Batches:
     with replacement. A step takes the next `batch` images, process `rank` its run of batch/world of
     them. What does not fill a batch is dropped; with `partial` it makes a smaller one, which images
     repeated with the weight 0 divide evenly. A place is (epoch, done): done counts images, so that
-    another number of processes can go on from it. Yields lists of (epoch, index, weight) as one
-    stream: workers never wait for an epoch to end."""
+    another number of processes can go on. Yields (epoch, index, weight), all epochs one stream."""
     def __init__(self, images: int, batch: int, total: int, seed: int, rank: int = 0,
                  world: int = 1, epoch: int = 0, done: int = 0, partial: bool = False,
                  weights: Tensor | None = None):
         self.images, self.batch, self.total, self.seed = images, batch, total, seed
         self.rank, self.world, self.epoch, self.done = rank, world, epoch, done
         self.partial, self.weights = partial, weights
+        self.per_epoch = math.ceil(images / batch) if partial else images // batch
 
     def step(self, epoch: int, done: int) -> int:
         """How many steps lie before this place."""
         if self.ends(done):  # also where `done` was counted in batches of another size
             epoch, done = epoch + 1, 0
-        return epoch * steps_per_epoch(self.images, self.batch, self.partial) + done // self.batch
+        return epoch * self.per_epoch + done // self.batch
 
     def ends(self, done: int) -> bool:
         """Whether no step of this epoch is left after `done` images."""
@@ -1134,10 +1089,6 @@ class Batches:
             step += [(epoch, order[done], 0.0)] * (share * self.world - len(step))
             yield step[self.rank * share:(self.rank + 1) * share]
 
-def steps_per_epoch(images: int, batch: int, partial: bool) -> int:
-    """Full batches, and with `partial` the rest as one more."""
-    return math.ceil(images / batch) if partial else images // batch
-
 # ===== 4.1 Processes =====
 
 @dataclass
@@ -1148,12 +1099,13 @@ class World:
     device: torch.device
     local_size: int = 1  # processes on this machine
 
+ALONE = World(0, 1, torch.device("cpu"))
+
 @contextlib.contextmanager
 def processes():
     """Joins the group that torchrun started, or is one process without a group. Raises Problem."""
-    rank, size, local_rank, local_size = (
-        int(os.environ.get(name, default)) for name, default in
-        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    size, local_size = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cuda = torch.cuda.is_available()
     if cuda and local_size > torch.cuda.device_count():
         raise Problem(f"{local_size} processes were started on a machine with "
@@ -1184,9 +1136,10 @@ def gather(world: World, x: Tensor) -> Tensor:
     as if each process sent back its own, where all compute the same loss of the whole."""
     if world.size == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world.size)]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[world.rank] = x.detach() + world.size * (x - x.detach())
+    own = x.detach().contiguous()  # NCCL sends memory as it lies
+    parts = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(parts, own)
+    parts[world.rank] = own + world.size * (x - own)
     return torch.cat(parts)
 
 def agree(world: World, make):
@@ -1296,8 +1249,8 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD), round
                 keep_map=[round(v, 4) for v in keep.mean(0).tolist()])
 
 class Log:
-    """A status line for people, and log.jsonl with one JSON object a line. Process 0 alone shows
-    and writes. On a terminal the status line rewrites itself; elsewhere one comes every 5 s."""
+    """A status line for people, which rewrites itself on a terminal and elsewhere comes every 5 s,
+    and log.jsonl with one JSON object a line. Process 0 alone shows and writes."""
     def __init__(self, path: Path, total: int, active: bool):
         self.path, self.total, self.active, self.terminal = path, total, active, sys.stdout.isatty()
         self.sums, self.count = {}, 0  # of the values since the last line of log.jsonl
@@ -1360,10 +1313,9 @@ def leave_signals(worker: int) -> None:
 class Run:
     """The loop over steps, with its checkpoints, log and status line. (Sec. 4.1)
 
-    Pre-training and every evaluation are one of these, with a model, pictures and `losses` of their
-    own: the scalars of a step, "loss" with gradient. trained: the part of the model that learns.
-    suffix: tells the files of several runs in one folder apart. weights: as in `Batches`. more:
-    what else must be equal for a run to go on."""
+    Pre-training and evaluation are two of these, with a model, pictures and `losses` of their own:
+    the scalars of a step, "loss" with gradient. trained: the part of the model that learns. suffix:
+    tells files in one folder apart. more: what else must be equal for a run to go on."""
     shown: tuple[str, ...]  # what of a step's values the status line shows
     ignored = frozenset()  # settings that mean nothing to this kind of run
     partial = False  # whether an epoch's last, smaller batch is used
@@ -1386,7 +1338,7 @@ class Run:
         if len(faces) < batch and not self.partial:
             raise Problem(f"{self.data} has {len(faces)} pictures to train on, fewer than a batch "
                           f"of {batch}; lower --batch-size or add pictures.")
-        # An epoch permutes the list of pictures: on other lists, processes would take other images.
+        # An epoch permutes the list of pictures: on another list, other images would be taken.
         digest = stream_of(*map(os.path.basename, faces.paths)).initial_seed()
         if len(gather(world, torch.tensor([digest], device=world.device)).unique()) > 1:
             raise Problem(f"{self.data} does not hold the same pictures for all processes; copy it "
@@ -1397,16 +1349,17 @@ class Run:
         self.optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad],
                                          lr=self.rate, momentum=s.momentum,
                                          weight_decay=s.weight_decay, fused=fused)
-        total = s.steps or s.epochs * steps_per_epoch(len(faces), batch, self.partial)
+        self.batches = Batches(len(faces), batch, s.steps, s.seed, world.rank, world.size,
+                               partial=self.partial, weights=weights)
+        total = self.batches.total = s.steps or s.epochs * self.batches.per_epoch
         self.log = Log(self.folder / f"log{suffix}.jsonl", total, world.rank == 0)
         saved = agree(world, self.find_checkpoint)  # process 0 alone sees the disk
         if saved:
             load_state(self.checkpoint, saved, self.model, self.optimizer)
+            self.batches.epoch, self.batches.done = saved["place"]
             for group in self.optimizer.param_groups:  # whatever the checkpoint's machine was
                 group["fused"] = fused
         agree(world, lambda: self.start_log(saved))
-        self.batches = Batches(len(faces), batch, total, s.seed, world.rank, world.size,
-                               *(saved["place"] if saved else (0, 0)), self.partial, weights)
         self.wrapped = trained
         if world.size > 1:
             warnings.filterwarnings("ignore", ".*broadcast_buffers")  # newer PyTorch renames it
@@ -1454,11 +1407,9 @@ class Run:
         write_whole(self.checkpoint, lambda file: torch.save(state, file))
 
     def rehearse(self, batch: dict[str, Tensor], place: tuple[int, int]) -> None:
-        """Throws the first gradients away, and takes back what their forward pass changed.
-
-        DDP lays its buckets anew after its first backward pass, which with three processes changes
-        the order of sums: a run that goes on would take its first step with the old ones, and not
-        be bit-equal. (On GPUs it is not in any case: cuDNN chooses its kernels by trial.)"""
+        """Throws the first gradients away, and takes back what their forward pass changed: behind
+        them DDP lays its buckets anew, which with three processes changes the order of sums, and a
+        run that goes on would not be bit-equal. (On GPUs it never is: cuDNN tries its kernels.)"""
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         self.backward(batch, place)
         self.optimizer.zero_grad()
@@ -1488,8 +1439,7 @@ class Run:
 
     def cores(self) -> int:
         """The processor cores that this process may use."""
-        return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else
-                os.cpu_count() or 1)
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
     def loader(self, dataset: Dataset, batches) -> DataLoader:
         workers = (self.s.workers if self.s.workers >= 0
@@ -1512,10 +1462,10 @@ class Run:
             dist.all_reduce(values)
         values = dict(zip(parts, (values / self.world.size).tolist()))
         if not math.isfinite(values["loss"] + values["gradient"]):
-            shown = ", ".join(f"{k} {values[k]:.4g}" for k in (*self.shown, "gradient")
-                              if k in values)
-            raise Problem(f"loss or gradient is not finite in step {self.batches.step(*place) + 1},"
-                          f" epoch {place[0] + 1} ({shown}), so it was not taken, and the last "
+            shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items()
+                              if k in (*self.shown, "gradient"))
+            raise Problem(f"loss or gradient not finite in step {self.batches.step(*place) + 1}, "
+                          f"epoch {place[0] + 1} ({shown}): it was not taken, and the last "
                           f"checkpoint is good; a lower --lr may help.")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -1551,9 +1501,9 @@ class Run:
         step, unreadable = batches.step(batches.epoch, batches.done), 0.0
         log.say(f"{self.checkpoint}: {len(self.faces):,} pictures of {self.data}, "
                 f"{batches.total:,} steps of {batches.batch} images ({world.size} × {self.share} "
-                f"on {world.device.type}), rate {self.rate:g}"
-                + (f"; goes on after step {step:,}" if 0 < step < batches.total else "")
-                + ("; complete, --fresh would start over" if step >= batches.total else ""))
+                f"on {world.device.type}), rate {self.rate:g}" + (
+                    "; complete, --fresh would start over" if step >= batches.total else
+                    f"; goes on after step {step:,}" if step else ""))
         loading = iter(self.loader(self.faces, batches))
         self.wrapped.train(self.model.training)
         log.start(step)
@@ -1587,23 +1537,12 @@ class Run:
 
 def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
     """The pictures to train on (those in train/, where there is one), and a few set aside for
-    `measure_refinement`. Departure 13: of AffectNet's 287,651, 256; of a small set, one in twenty;
-    the same for the same seed. Raises Problem."""
+    `measure_refinement`: one in twenty, at most 256 (departure 13). Raises Problem."""
     folder = find_data(s.data)
     paths = find_pictures(folder / "train" if (folder / "train").is_dir() else folder)
     order = torch.randperm(len(paths), generator=stream_of(s.seed, "aside")).tolist()
     aside = set(order[:min(256, len(paths) // 20)])
     return ([p for i, p in enumerate(paths) if i not in aside], [paths[i] for i in sorted(aside)])
-
-def draw_toy_faces(s: Settings, world: World) -> None:
-    """Draws data/toy if it is asked for; what is there already is not drawn again."""
-    if s.data == "toy":
-        mine = int(os.environ.get("LOCAL_RANK", 0)) == 0  # each machine has its own disk
-        if (mine and not (HERE / "data/toy/complete").exists()
-                and subprocess.run([sys.executable, HERE / "data/toy.py"]).returncode):
-            raise Problem("data/toy.py could not draw the toy faces; it says above why.")
-        if world.size > 1:
-            dist.barrier()
 
 class Pretraining(Run):
     """SimFLE on pictures without labels. (Sec. 4.1)"""
@@ -1646,17 +1585,14 @@ class Pretraining(Run):
         super().save(place)  # last: where this is complete, so is the other
 
 # ================================ Part III: evaluation ================================
-#
 # Supplement B. Only the backbone is left, with a linear layer on top: a torchvision ResNet.
 #
 #     linear      B.1        trains the layer alone; backbone and BatchNorm statistics are frozen
 #     semi        B.2        trains everything, on a share of the labels
-#     finetune    B.3, B.4   trains everything, from the linear result of the run's own data, on
-#                            that data (B.3) or on other data with the same classes (B.4)
+#     finetune    B.3, B.4   trains everything from the linear result, on its data or on other data
 
 def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """The classes, which are the names of a split's folders, sorted; the paths of all pictures and
-    their labels. Raises Problem."""
+    """The classes (a split's folders, sorted), all pictures, their labels. Raises Problem."""
     if not folder.is_dir():
         raise Problem(f"{folder} is missing; an evaluation reads train/CLASS/ and val/CLASS/.")
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
@@ -1681,8 +1617,7 @@ class Head(nn.Linear):
             return super().forward(x.float())
 
 def run_settings(name: str, needed: bool = False) -> dict:
-    """A run's settings and its `data_name`; where there is no such run, nothing, or if it is needed
-    a Problem with the runs that there are."""
+    """A run's settings and `data_name`; {} where there is no such run. Raises Problem if needed."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(Path("runs", name, "log.jsonl")) as log:
             settings = json.loads(log.readline())["settings"]
@@ -1716,8 +1651,8 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
                 "check --init." if s.init else f"give an --init, or make it: `python simfle.py "
                 f"--data {run.get('data', s.data)} --name {s.name}{' --eval' * tune}`."))
         saved, origin = load_file(path), with_digest(path)
-        if (tune and not s.init and backbone.exists()
-                and saved.get("start") != with_digest(backbone)):
+        newer = tune and not s.init and backbone.exists()
+        if newer and saved.get("start") != with_digest(backbone):
             raise Problem(f"{path} is of an older {backbone}; repeat it with --eval --fresh.")
     state, head = saved.get("model", saved), {f"fc.{k}": v for k, v in net.fc.state_dict().items()}
     if "classes" in saved:
@@ -1800,8 +1735,7 @@ class Evaluation(Run):
         """(classes, classes): how many test images of class i (row) were taken for class j. Each
         counts once, whatever the number of processes. Raises Problem."""
         world, K, size = self.world, len(self.classes), min(256, self.s.batch_size)
-        paths, labels = self.val
-        faces = Faces(paths, 0, self.s.view_size, 1, 0, crops=0, labels=labels)
+        faces = Faces(self.val[0], 0, self.s.view_size, 1, 0, crops=0, labels=self.val[1])
         # Every W-th image is this process's; where there is none, one that weighs nothing.
         mine = [(0, i, 1.0) for i in range(world.rank, len(faces), world.size)] or [(0, 0, 0.0)]
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
@@ -1839,9 +1773,9 @@ class Evaluation(Run):
                 f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after "
                 f"the last epoch; mean of the classes {result['mean_accuracy']:.2f} %\n"
                 f"{'':{wide}}    right   taken for: " + "  ".join(f"{k[:8]:>8}" for k in right))
-            for name, row in zip(right, result["confusion"]):
-                self.log.say(f"{name:{wide}}  {right[name]:5.1f} %{'':14}"
-                             + "  ".join(f"{n:8}" for n in row))
+            for (name, share), row in zip(right.items(), result["confusion"]):
+                row = "  ".join(f"{n:8}" for n in row)
+                self.log.say(f"{name:{wide}}  {share:5.1f} %{'':14}{row}")
         return result
 
 def summary(confusion: Tensor, classes: list[str]) -> dict:
@@ -1866,9 +1800,8 @@ def evaluate(s: Settings, world: World) -> dict:
     return Evaluation(s, world).go()
 
 # ================================ Part IV: other rows of the tables =============================
-#
-# Each class has the interface of what it replaces in Part I, so that the loop and the evaluation
-# need not know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+# Each class has the interface of what it replaces in Part I: the loop and the evaluation need not
+# know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
 
 # ===== Table 3: parts taken away =====
 
@@ -1894,9 +1827,8 @@ class DirectSimFLE(GFLAlone):
                       D2_between=D2_between, D2_within=D2_within)
 
 class RandomMasking(SemanticMasking):
-    """Masks at random: u (B, 49) are the scores. The grouping layer and L_g stay, for the same
-    arithmetic as the paper counts; they train each other, and nothing else learns from them.
-    (Table 3 c)"""
+    """Masks at random: u (B, 49) are the scores. The grouping layer and L_g stay, as in the paper's
+    arithmetic; nothing else learns from them. (Table 3 c)"""
     def __init__(self, *settings):
         super().__init__(*settings)
         self.draws = (self.image_size // self.patch)**2
@@ -1905,27 +1837,20 @@ class RandomMasking(SemanticMasking):
         a = torch.rand(len(C), self.draws, device=C.device) if u is None else u
         return a, *mask_lowest(a, self.ratio)
 
-MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
+MASKINGS = Parts(semantic=SemanticMasking, random=RandomMasking)
 
 # ===== Table 4: other methods for GFL =====
-#
-# SimSiam shows that BYOL's target needs no inertia, only that it gets no gradient. In the others a
-# view must find the other view of its face (the positive) among those of other faces (the
-# negatives), and cannot while all are one point. MoCo keeps its negatives in a queue, SimCLR takes
-# them from the batch, both from all W processes.
-
-ALONE = World(0, 1, torch.device("cpu"))
+# SimSiam is BYOL without inertia: that the target gets no gradient is enough. In the others a view
+# must find the other one of its face (the positive) among those of other faces (the negatives), and
+# cannot while all are one point. MoCo has them in a queue, SimCLR in the batch of all W processes.
 
 def two_layers(inputs: int, outputs: int) -> nn.Sequential:
     """The head of SimCLR and MoCo v2: without BatchNorm. (Table 4)"""
-    return nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(inplace=True),
-                         nn.Linear(inputs, outputs))
+    return nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(True), nn.Linear(inputs, outputs))
 
 class SimSiam(nn.Module):
-    """GFL by SimSiam (Chen and He, 2021): BYOL without a target. (Table 4)
-
-    A prediction aims at the online stream's own projection of the other view, held constant. L_s is
-    1 − cos, averaged over both orders: SimSiam's loss plus 1."""
+    """GFL by SimSiam (Chen and He, 2021). A prediction aims at the online stream's own projection
+    of the other view, a constant. L_s is 1 − cos, the mean of both orders. (Table 4)"""
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
         self.online = Stream(backbone, nn.Sequential(
@@ -1974,8 +1899,7 @@ class MoCo(nn.Module):
             positive, empty = (q * k).sum(dim=1, keepdim=True), (self.queue == 0).all(dim=1)
             negative = (q @ self.queue.T).masked_fill(empty, -math.inf)  # (B, 65536)
             logits = torch.cat([positive, negative], dim=1) / self.t
-            right = torch.zeros(B, dtype=torch.long, device=q.device)
-            return F.cross_entropy(logits, right), [h1], z1
+            return -F.log_softmax(logits, dim=1)[:, 0].mean(), [h1], z1
 
     @torch.no_grad()
     def update(self) -> None:
@@ -1987,10 +1911,8 @@ class MoCo(nn.Module):
         self.next.copy_((self.next + len(keys)) % size)
 
 class SimCLR(nn.Module):
-    """GFL by SimCLR (Chen et al., 2020). (Table 4)
-
-    Every process computes the loss of the whole batch. Through `gather` it gets W times the
-    gradient of its own images, which DistributedDataParallel divides by W again."""
+    """GFL by SimCLR (Chen et al., 2020). Each process has the loss of the whole batch; by `gather`
+    W times the gradient of its own images, which DDP's mean divides by W again. (Table 4)"""
     update = SimSiam.update
 
     def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1,
@@ -2012,20 +1934,18 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
         other = torch.arange(len(z), device=z.device).roll(len(z1))
         return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
 
-# SimSiam's 2048 and 512 are a half and an eighth of `hidden`, the others' 128 a half of `outputs`:
-# so they shrink with the laptop preset.
-GFLS = {
-    "byol": lambda s, b, world: BYOL(b, s.hidden, s.outputs, s.tau),
-    "simsiam": lambda s, b, world: SimSiam(b, s.hidden // 2, s.hidden // 8),
-    "moco": lambda s, b, world: MoCo(b, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, world),
-    "mocov2": lambda s, b, world: MoCo(b, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, world),
-    "simclr": lambda s, b, world: SimCLR(b, s.outputs // 2, 0.1, world),
-}
+# SimSiam's 2048 and 512 follow from `hidden`, the others' 128 from `outputs`, to shrink with them.
+GFLS = Parts(
+    byol=lambda s, b, world: BYOL(b, s.hidden, s.outputs, s.tau),
+    simsiam=lambda s, b, world: SimSiam(b, s.hidden // 2, s.hidden // 8),
+    moco=lambda s, b, world: MoCo(b, nn.Linear, s.outputs // 2, s.queue, 0.07, s.tau, world),
+    mocov2=lambda s, b, world: MoCo(b, two_layers, s.outputs // 2, s.queue, 0.2, s.tau, world),
+    simclr=lambda s, b, world: SimCLR(b, s.outputs // 2, 0.1, world))
 
 # ================================ main ================================
 
 def helper(name: str):
-    """data/NAME.py, which imports this file: what draws and what times is no part of the method."""
+    """data/NAME.py, which imports this file: demo, drawing and timing are no part of the method."""
     sys.modules.setdefault("simfle", sys.modules[__name__])  # this very module, not a second one
     sys.path.insert(0, str(Path(__file__).resolve().with_name("data")))
     try:
@@ -2037,7 +1957,9 @@ def run(orders: dict) -> None:
     """Decides what to do; the only place that does. Raises Problem."""
     with processes() as world:
         s = agree(world, lambda: read_settings(orders))
-        draw_toy_faces(s, world)
+        demo = helper("demo") if s.data == "toy" else None
+        if demo:
+            demo.draw_toy_faces(world)
         if s.benchmark:
             helper("benchmark").benchmark(s, world)
         elif s.figures:
@@ -2046,20 +1968,8 @@ def run(orders: dict) -> None:
             evaluate(s, world)
         else:
             Pretraining(s, world).go()
-            if s.data == "toy":
-                compare_with_untrained(s, world)
-
-def compare_with_untrained(s: Settings, world: World) -> None:
-    """The demo's end: linear evaluation of the untrained and the trained backbone, figures."""
-    results = []
-    for init in ("random", ""):
-        results.append(evaluate(replace(s, **as_linear(s), init=init), world))
-        agree(world, lambda: helper("draw").draw_figures(replace(s, init=init)))
-    if world.rank == 0:
-        untrained, trained = (result["accuracy"] for result in results)
-        print(f"Linear accuracy on {results[1]['images']} held-out toy faces of "
-              f"{len(results[1]['per_class'])} expressions: {untrained:.1f} % with the untrained "
-              f"backbone, {trained:.1f} % with the trained one.")
+            if demo:
+                demo.compare_with_untrained(s, world)
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2 after a Problem, 143 when stopped, 130 after a Ctrl-C; 1 when
@@ -2075,12 +1985,11 @@ def main(argv: list[str] | None = None) -> int:
               "is one (--save-every writes more of them).", file=sys.stderr, flush=True)
         return 130
     except Exception as error:  # not left to Python, which would wait for the loading processes
-        if not (dist.is_initialized() and isinstance(error, RuntimeError) and re.search(
-                "closed|reset|peer|timed out", str(error), re.IGNORECASE)):
-            traceback.print_exc()
-            return 1
+        lost = dist.is_initialized() and isinstance(error, RuntimeError) and re.search(
+            "closed|reset|peer|timed out", str(error), re.IGNORECASE)
         print(f"\nsimfle: process {dist.get_rank()} ends, because another one has ended; the same "
-              f"command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+              f"command goes on from the last checkpoint." if lost else traceback.format_exc(),
+              file=sys.stderr, flush=True)
         return 1
     return 0
 

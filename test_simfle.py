@@ -323,7 +323,7 @@ def test_patches_equal_unfold_and_come_back():
     unfolded = F.unfold(I, kernel_size=4, stride=4)  # (B, colour·row·column, 49)
     expected = unfolded.reshape(2, 3, 16, 49).permute(0, 3, 2, 1).reshape(2, 49, 48)
     assert torch.equal(patches, expected)
-    assert torch.equal(mae.unpatchify(patches), I)
+    assert torch.equal(D.unpatchify(patches, mae), I)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -334,7 +334,7 @@ def test_eq4_is_the_mean_squared_error_of_the_masked_patches(norm_pix):
     X, I, u = seeded(2, 16, 4, 4), seeded(2, 3, 28, 28), torch.tensor([[0.1], [0.6]])
     L_r, tokens, *_ = ffl(X, I, u)
     _, keep, mask = ffl.masking(ffl.grouping(X), u)
-    guess = ffl.mae.unpatchify(ffl.mae.decode(ffl.mae.encode(ffl.mae.patchify(I), keep), keep))
+    guess = D.unpatchify(ffl.mae.decode(ffl.mae.encode(ffl.mae.patchify(I), keep), keep), ffl.mae)
     total = count = 0
     for b in range(2):
         for i in mask[b].nonzero().flatten().tolist():
@@ -609,7 +609,7 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
             return super().forward(C, u)
 
     for table in ("RESNETS", "GFLS", "MASKINGS"):
-        monkeypatch.setattr(S, table, dict(getattr(S, table)))
+        monkeypatch.setattr(S, table, S.Parts(getattr(S, table)))
     code = re.search(r"```python\nimport simfle\n(.*?)```", (HERE / "README.md").read_text(),
                      re.DOTALL)[1]
     assert sum(bool(line.strip()) for line in code.split("\n")) <= 5
@@ -622,13 +622,13 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
     assert Path("runs/faces/backbone.pt").exists()
     del S.RESNETS["mine"]  # as in the plain program
     for mode in ("--eval", "--figures"):
-        assert "has --arch mine, which is not in" in complaint(["--data", toy, mode], tmp_path,
-                                                               monkeypatch, capsys)
+        assert "no part mine here, only small, resnet18" in complaint(["--data", toy, mode], tmp_path,
+                                                                      monkeypatch, capsys)
     S.RESNETS["mine"] = lambda: S.small_resnet(8)
-    for table, key in ((S.MASKINGS, "ffl"), (S.GFLS, "gfl")):
+    for table in (S.MASKINGS, S.GFLS):
         del table["mine"]
-        assert f"has --{key} mine, which is not in" in complaint(["--data", toy, "--figures"],
-                                                                 tmp_path, monkeypatch, capsys)
+        assert "no part mine here" in complaint(["--data", toy, "--figures"], tmp_path, monkeypatch,
+                                                capsys)
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
@@ -1425,7 +1425,9 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--no-such-option"], "unrecognized arguments"),
     (["--epochs", "many"], "invalid int value"),
     (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
-    (["--arch", "vgg"], "--arch: invalid choice: 'vgg'"),
+    (["--arch", "vgg"], "no part vgg here, only small, resnet18"),
+    (["--gfl", "dino"], "no part dino here, only byol"),
+    (["--ffl", "none", "--gfl", "moco", "--ffl", "some"], "no part some here, only semantic"),
     (["--patch", "5", "--preset", "laptop"], "patches of 5 do not divide an image of 28 pixels"),
     (["--groups", "30", "--batch-size", "8"], "30 channel groups do not divide 256 channels"),
     (["--batch-size", "0"], "--batch-size must be above 0"),
@@ -1746,7 +1748,7 @@ with S.processes() as world:
             dist.all_gather(others, q)
             assert all(torch.equal(q, o) for o in others)
         result[name] = [L_s, *grads, *queues]
-    if world.first:
+    if world.rank == 0:
         torch.save(result, sys.argv[2])
     if world.size > 1:
         gfl, seen = S.MoCo(S.Backbone(S.small_resnet(8)), outputs=2, queue=4, world=world), []

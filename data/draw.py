@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
@@ -101,6 +102,12 @@ def read_faces(paths: list[str], size: int) -> Tensor:
 # ===== 4.4 Masks and reconstructions =====
 
 
+def unpatchify(patches: Tensor, mae: simfle.MaskedAutoencoder) -> Tensor:
+    """The inverse of `mae.patchify`: (B, 49, 768) -> (B, 3, 112, 112)."""
+    return rearrange(patches, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=mae.grid, p=mae.patch,
+                     q=mae.patch)
+
+
 @torch.no_grad()
 def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor, Tensor]:
     """x (B, 3, 112, 112) in [0, 1], u as in `SemanticMasking` -> x with the masked patches grey;
@@ -114,8 +121,8 @@ def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor
         var, mean = torch.var_mean(patches, dim=2, keepdim=True)
         guess = guess * (var + simfle.PIXEL_EPS).sqrt() + mean
     mean, std = (torch.tensor(c)[:, None, None] for c in colours)
-    whole = mae.unpatchify(torch.where(masked, guess, patches)) * std + mean
-    return mae.unpatchify(torch.where(masked, 0.5, mae.patchify(x))), whole.clamp(0, 1)
+    whole = unpatchify(torch.where(masked, guess, patches), mae) * std + mean
+    return unpatchify(torch.where(masked, 0.5, mae.patchify(x)), mae), whole.clamp(0, 1)
 
 
 def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
@@ -172,10 +179,8 @@ def classifier(path: Path):
         raise simfle.Problem(f"{path} is missing; with --figures, --init is random or a classifier "
                              f"that --eval has made.")
     saved = simfle.load_file(path)
-    if (not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}
-            or saved["arch"] not in simfle.RESNETS):
-        raise simfle.Problem(f"{path} is no classifier of --eval with a backbone of RESNETS; give "
-                             f"one with --init.")
+    if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
+        raise simfle.Problem(f"{path} is no classifier of --eval; give one with --init.")
     net = simfle.RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     net.load_state_dict(saved["model"])
