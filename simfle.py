@@ -32,23 +32,24 @@ Letters
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weighed by α), grouping loss (β)
 
 Departures: where this file parts from the paper (P) or from the authors' code (A)
-     1  PA L_r trains the masking by a straight-through term, which the paper does not define, and
-           so the grouping layer alone: 3.2 says that the backbone is refined too, 3.3 cuts it off.
-           In the authors' code L_r never reaches the scores (here: `--mask-gradient 0`).
+     1  PA L_r trains the masking by a straight-through term, which the paper does not define. It
+           trains the grouping layer alone: 3.2 has the backbone refined too, 3.3 cuts it off. In
+           the authors' code L_r never reaches the scores (here: `--mask-gradient 0`).
      2  PA Eq. 2 is exact and divided by c′; the authors take a distance to a block identity.
-     3  A  The grouping layer starts random, not constant.
+     3  PA The grouping layer starts random, not constant (A); behind it BatchNorm and ReLU (P).
      4  A  Blur with probability 0.5, SimCLR's own, in place of always.
      5  A  The learning rate follows the cosine with every step, not with every epoch.
      6  A  Pictures are squeezed to a square; the authors resize by the short side.
      7  P  Eq. 5 gets a factor t², is read as KL(z̄ ‖ z_i), and its z̄ is a constant.
      8  P  The autoencoder's pixels are normalised patch by patch, as in MAE (`--no-norm-pix`).
      9  P  The four colour jitters come in one random order per batch, not per image.
-    10  P  255 images on three processes, not 256; the last, partial batch of an epoch is dropped.
+    10  P  255 images a step on three processes, not 256; pre-training drops partial batches.
     11  A  DistributedDataParallel, not DataParallel; in both, BatchNorm sees one GPU's images.
     12  A  Any picture that Pillow reads is taken: grey, palette, CMYK, any extension, any depth.
     13  P  A few hundred training images are set aside to measure the refinement (Fig. 3).
     14  P  On GPUs the nets run in bf16; `full_precision`, the weights and the EMA are fp32.
     15  –  MoCo's queue is empty at first; with random keys, as MoCo's, all faces fell to a point.
+    16  P  With MoCo, L_d is of z_m and z_v1: only the target sees v2, and it gets no gradient.
 
 Map
     Part I: the method       3.1 GFL · 3.2 Channel grouping · 3.2 Semantic masking · 3.2 FaceMAE ·
@@ -100,10 +101,10 @@ fcntl = None if os.name == "nt" else importlib.import_module("fcntl")  # Windows
 # the paper's setting: ResNet-50, views of 224 pixels, I of 112; B is the batch.
 
 def full_precision(x: Tensor):
-    """A context in which x's device computes as it is told, even inside `torch.autocast`. (ours)
+    """A context that switches `torch.autocast` off on x's device. (ours)
 
-    Norms, cosines, softmax, Eq. 2 and the scores need fp32: with the 8 bits of bf16's mantissa many
-    of 49 scores would be equal, and which patch is masked an accident."""
+    Norms, cosines, softmax, Eq. 2 and the scores need fp32: in bf16's 8 significant bits many of 49
+    scores would be equal, and which patch is masked an accident."""
     return torch.autocast(x.device.type, enabled=False)
 
 class Backbone(nn.Module):
@@ -130,7 +131,7 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
     """Every head of the method: the projectors, the predictor, the distillation heads. (Sec. 4.1)
 
     Paper: "a fully connected layer with a batch normalization and a ReLU activation, followed by
-    another fully connected layer". The widths are BYOL's; the paper gives none."""
+    another fully connected layer". The widths are BYOL's and the authors'; the paper gives none."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, outputs))
 
@@ -159,8 +160,8 @@ def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
         return (2 - 2 * F.cosine_similarity(p.float(), z.float(), dim=1)).mean()
 
 def spread(z: Tensor) -> Tensor:
-    """The deviation over the batch of projections z (B, 256) at unit length, () the mean over their
-    dimensions: 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
+    """How much projections z (B, 256) at unit length deviate over the batch, (): the mean of their
+    dimensions, 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
     with full_precision(z):
         return F.normalize(z.float(), dim=1).std(dim=0).mean()
 
@@ -178,7 +179,8 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
 
 class Stream(nn.Module):
-    """Backbone and projector: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048). (Fig. 2)"""
+    """f_ρ, or f_θ without its predictor: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
+    (Sec. 3.1, Fig. 2)"""
     def __init__(self, backbone: Backbone, projector: nn.Module):
         super().__init__()
         self.backbone, self.projector = backbone, projector
@@ -194,7 +196,7 @@ class BYOL(nn.Module):
     the online stream has seen, here [h1, h2]; and z1 (B, 256), the online projection of v1, for
     `spread`. Call `update()` once after every step of the optimiser. Needs B ≥ 2 in train mode
     (BatchNorm). τ = 0.99 throughout, as in the authors' code; the paper gives no value. What has
-    this interface can take BYOL's place (Part IV).
+    this interface and an `online.backbone` can take BYOL's place (Part IV).
 
         byol, (v1, v2) = BYOL(Backbone(torchvision.models.resnet18())), torch.randn(2, 4, 3, 64, 64)
         L_s, (h1, h2), z1 = byol(v1, v2); L_s.backward()  # and a step of the optimiser
@@ -248,7 +250,7 @@ class BYOL(nn.Module):
 #
 # and Uᵀ U is just the sum of the groups' U_gᵀ U_g.
 
-NORM_EPS = 1e-6  # the least a norm is taken for: a channel that is 0 everywhere stays 0
+NORM_EPS = 1e-6  # smaller norms count as this: a channel that is 0 everywhere stays 0
 
 class ChannelGrouping(nn.Module):
     """Mixes c′ channels into c′ channels that lie in groups. (Sec. 3.2)
@@ -297,12 +299,12 @@ def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> tuple[Tenso
     C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′,
     averaged over the batch; and mean D² between and within groups, () each, without gradient. In
     the example of `pair_sums` (2 − 7)/4 = −1.25, 2/8 and 7/8. Departure 2 is the division: without
-    it the first gradient has norm 10⁴ at β = 0.03 and all diverges; by c′², nothing is learnt.
+    it the first gradient has norm 10⁴ at β = 0.03, and all diverges; with c′², nothing is learnt.
 
-    `balanced`, mean D² between less mean D² within, is not the paper's, but it groups: Eq. 2 counts
-    a channel's 63 partners once and its 1,984 strangers once as well, so it mostly makes channels
-    unlike. In 400 steps on frozen features mean D² went from 0.151 to 0.074 between groups and from
-    0.165 to 0.145 within them; balanced, to 0.13 and to 0.98.
+    `balanced` (ours) is mean D² between less mean D² within. Eq. 2 weighs all pairs alike, and a
+    channel has 63 partners but 1,984 strangers, so that it mostly makes channels unlike: in 400
+    steps on frozen features mean D² went from 0.151 to 0.074 between groups and from 0.165 to 0.145
+    within them; balanced, to 0.13 and to 0.98.
 
         C = torch.rand(2, 2048, 4, 4, requires_grad=True)
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
@@ -341,7 +343,7 @@ class SemanticMasking(nn.Module):
         if image_size % patch:
             raise ValueError(f"patches of {patch} do not divide an image of {image_size} pixels")
         self.groups, self.image_size, self.patch, self.ratio = groups, image_size, patch, ratio
-        self.draws = 1  # numbers of u for an image
+        self.draws = 1  # how many numbers u has for an image; RandomMasking's: 49
 
     def scores(self, C: Tensor, group: Tensor) -> Tensor:
         """a_i of Eq. 3 for the given group of each image, (B,) -> (B, 49)."""
@@ -418,7 +420,7 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
 # ===== 3.2 FaceMAE =====
 # A masked autoencoder: a ViT encodes the 12 visible patches, a smaller one guesses the 37 others
 # from them, which takes knowing how faces hang together. Its image is the whole picture, resized
-# and not augmented: what is to be learnt here is where things are in a face.
+# and (ours: the paper does not say) not augmented, to learn where things are in a face.
 
 PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
 
@@ -651,7 +653,7 @@ class Settings:
     """All settings, and the command line (`batch_size` is `--batch-size`). Each says its unit and
     its source: a section of the paper, "authors" for their public code, "ours" for what neither
     gives. The defaults are the preset `paper`."""
-    data: str = setting("toy", "a folder of pictures, or the name of one in data/; toy: the demo")
+    data: str = setting("toy", "a folder of pictures, or a name in data/; toy: the demo (ours)")
     name: str = setting("", "of the run: results go to runs/NAME; default: the data's name (ours)")
     preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)")
     fresh: bool = setting(False, "start over, even where runs/NAME has a checkpoint (ours)")
@@ -669,12 +671,12 @@ class Settings:
     crop_min: float = setting(0.08, "least share of a picture that a crop covers (4.1, SimCLR)")
     # The method
     arch: str = setting("resnet50", "backbone: a torchvision ResNet, or small (4.1)")
-    hidden: int = setting(4096, "hidden width of every head (authors)")
-    outputs: int = setting(256, "output width of every head (authors)")
+    hidden: int = setting(4096, "hidden width of the heads (authors); SimSiam's are shares of it")
+    outputs: int = setting(256, "output width of the heads (authors); of MoCo and SimCLR half")
     gfl: str = setting("byol", "byol, simsiam, moco, mocov2 or simclr (4.3)")
     ffl: str = setting("semantic", "masking of FaceMAE: semantic or random; none: GFL alone (4.3)")
     connection: str = setting("distil", "of the branches: distil, or direct: no L_d (4.3)")
-    tau: float = setting(0.99, "inertia of the target, 0 to 1 (authors); MoCo: 0.999 (its paper)")
+    tau: float = setting(0.99, "inertia of the target (authors); MoCo in preset paper: 0.999")
     queue: int = setting(65_536, "keys that MoCo remembers (its paper)")
     groups: int = setting(32, "channel groups N_g (4.1)")
     grouping: str = setting("paper", "Eq. 2 as in the paper, or balanced: per pair (ours)")
@@ -697,7 +699,7 @@ class Settings:
     # Machine
     workers: int = setting(-1, "loading processes a process; -1: its share of the cores (ours)")
     sync_bn: bool = setting(False, "BatchNorm over all processes; GPUs only (ours)")
-    compile: bool = setting(False, "torch.compile the step (ours)")
+    compile: bool = setting(False, "torch.compile the model (ours)")
     save_every: int = setting(0, "steps between checkpoints within an epoch; 0: at its end (ours)")
     log_every: int = setting(20, "steps between two lines of log.jsonl, which holds means (ours)")
 
@@ -705,9 +707,8 @@ class Settings:
 PRESETS = {"paper": {},
            "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
                           batch_size=64, lr=0.4, steps=400, crop_min=0.3, queue=1024)}
-VITS = {"base": {},  # as `MaskedAutoencoder` stands
-        "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2,
-                     decoder_heads=4)}
+VITS = {"base": {}, "tiny": dict(  # base: `MaskedAutoencoder` as it stands
+    width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4)}
 # Supplement B. Rates are per 256 images: 2.0 at 1024; 0.05 and 0.001 at 512.
 PROTOCOLS = {"paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
                        "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
@@ -721,7 +722,7 @@ FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figur
 RANGES = {  # of numbers; those that are not here may be anything
     "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size queue groups "
                                  "patch temperature log_every"),
-    "8 or more": (lambda v: v >= 8, "hidden outputs"),  # down to an eighth is a layer of GFLS
+    "8 or more": (lambda v: v >= 8, "hidden outputs"),  # GFLS divides them by up to 8
     "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
     "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
     "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
@@ -800,7 +801,7 @@ def checked(s: Settings) -> Settings:
         raise Problem(f"--name {s.name} must be one folder's name, without / or ..")
     if (s.ffl, s.connection) == ("none", "direct"):
         raise Problem("--connection direct has nothing to connect with --ffl none; leave one out.")
-    if s.ffl_size == s.patch:
+    if s.ffl_size == s.patch and s.ffl != "none":
         raise Problem("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
     return s
 
@@ -820,9 +821,8 @@ def small_resnet(width: int = 32) -> nn.Module:
     return net
 
 RESNETS = Parts({"small": small_resnet} | {
-    name: functools.partial(torchvision.models.get_model, name) for name in
-    ("resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d "
-     "wide_resnet50_2 wide_resnet101_2").split()})
+    name: functools.partial(torchvision.models.get_model, name)
+    for name in torchvision.models.list_models(torchvision.models, include="*resn*")})
 
 def build_model(s: Settings, world=None) -> nn.Module:
     """The model that the settings describe, its weights drawn from the seed. Raises Problem."""
@@ -837,7 +837,7 @@ def build_model(s: Settings, world=None) -> nn.Module:
                       image_size=s.ffl_size, patch=s.patch, norm_pix=s.norm_pix, **VITS[s.vit])
     except ValueError as error:
         raise Problem(f"{error}; change --groups, --patch or --ffl-size.") from None
-    ffl.masking = MASKINGS[s.ffl](s.groups, s.ffl_size, s.patch, s.mask_ratio)
+    ffl.masking = MASKINGS[s.ffl](s.groups, s.ffl_size, s.patch, s.mask_ratio)  # or one's own
     if s.connection == "direct":
         return DirectSimFLE(gfl, ffl, s.beta)
     return SimFLE(gfl, ffl, s.hidden, s.outputs, s.alpha, s.beta, s.temperature)
@@ -884,7 +884,9 @@ def find_pictures(folder: Path) -> list[str]:
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith((".", "__MACOSX"))]
+        here = os.path.realpath(parent) + os.sep
+        folders[:] = [f for f in folders if not f.startswith((".", "__MACOSX"))
+                      and not here.startswith(os.path.realpath(here + f) + os.sep)]  # no circles
         found += [os.path.join(parent, f) for f in files
                   if not f.startswith(".") and os.path.splitext(f)[1].lower() in readable]
     if not found:
@@ -892,7 +894,7 @@ def find_pictures(folder: Path) -> list[str]:
     return sorted(found)
 
 def read_picture(path: str) -> Image.Image:
-    """A picture as RGB: grey, palette, CMYK and 16-bit grey become so, transparency is dropped."""
+    """A picture of any mode as RGB (departure 12): 16-bit grey is scaled, transparency dropped."""
     with Image.open(path) as picture:
         if picture.mode.startswith("I"):  # 16 bits; Pillow would cut 65,535 off at 255
             picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
@@ -914,7 +916,6 @@ class Faces(Dataset):
     (19,) uniform in [0, 1), for what happens on the device; index (); weight (); label (), where
     there are labels; unreadable (), 1 where the picture could not be read: the next one that can
     takes its place or, as that may have another label, a black one."""
-
     def __init__(self, paths: list[str], view_size: int, image_size: int, crop_min: float,
                  seed: int, crops: int = 2, dice: int = 19, labels: list[int] | None = None):
         self.paths, self.crop_min, self.seed, self.labels = paths, crop_min, seed, labels
@@ -996,8 +997,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 
 def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
     """uint8 or [0, 1] pixels (B, 3, H, W) to mean 0 and deviation 1 over the data. (Sec. B.1)"""
-    x, (mean, std) = x / 255 if x.dtype == torch.uint8 else x, colours
-    # Channel by channel with plain numbers: a tensor of them would be copied, and waited for.
+    x = x / 255 if x.dtype == torch.uint8 else x
+    mean, std = colours  # plain numbers: a tensor of them would be copied, and waited for
     x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -1041,9 +1042,9 @@ class Batches:
 
     An epoch is one permutation, drawn from (seed, epoch), or with `weights` (images,) as many draws
     with replacement. A step takes the next `batch` images, process `rank` its run of batch/world of
-    them. What does not fill a batch is dropped; with `partial` it makes a smaller one, which images
-    repeated with the weight 0 divide evenly. A place is (epoch, done): done counts images, so that
-    another number of processes can go on. Yields (epoch, index, weight), all epochs one stream."""
+    them. What does not fill a batch is dropped; with `partial` it makes a smaller one, filled up by
+    repeats of weight 0 until processes share it evenly. A place is (epoch, done): done counts
+    images, so that another number of processes can go on. Yields lists of keys of `Faces`."""
     def __init__(self, images: int, batch: int, total: int, seed: int, rank: int = 0,
                  world: int = 1, epoch: int = 0, done: int = 0, partial: bool = False,
                  weights: Tensor | None = None):
@@ -1126,8 +1127,7 @@ def processes():
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                             device_id=device if cuda else None)
     yield world
-    # In PyTorch 2.6 and 2.7 a thread of gloo that drops the last tensor waits for Python, which
-    # waits below for that thread, for ever; so the last tensor is one that is still held here.
+    # With PyTorch 2.6 and 2.7, gloo and Python wait for each other if nobody holds the last tensor.
     dist.all_reduce(held := torch.zeros(1, device=device))
     dist.destroy_process_group()  # not in a `finally`: after a failure this would wait for ever
 
@@ -1143,7 +1143,7 @@ def gather(world: World, x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 def agree(world: World, make):
-    """What `make()` returns in process 0, in every process; a Problem in it is raised in all."""
+    """What `make()` returns in process 0, in all; its Problem or OSError is a Problem in all."""
     result = [None, None]
     if world.rank == 0:
         try:
@@ -1181,7 +1181,7 @@ def keep_others_away(path: Path):
     file = open(path, "a")
     try:  # loading processes do not inherit it: SIGKILL ends it. (Windows has none of the kind.)
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise Problem(f"another run is at work on {path.with_suffix('.pt')}; let it end, or give "
                       f"this one another name with --name.") from None
     return file
@@ -1221,8 +1221,8 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD), round
 
     images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch where a random
     mask hides it; `keep_map`: the share of the groups that keep it; (49,) each, means over the
-    images. `positions` correlates these maps, `within_image` each image's own two, on average. Of
-    random masking it measures the scores, which mask nothing."""
+    images. `positions` correlates these maps, `within_image` each image's own two, on average. With
+    random masking, `keep_map` is what the scores would keep."""
     device, masking = next(model.parameters()).device, model.ffl.masking
     draw, was_training = stream_of("measure"), model.training
     model.eval()
@@ -1233,20 +1233,19 @@ def measure_refinement(model: SimFLE, images: Tensor, colours=(MEAN, STD), round
         keeps.append(sum(1 - mask_lowest(masking.scores(C, group), masking.ratio)[1]
                          for group in torch.arange(masking.groups, device=device)
                          [:, None].expand(-1, len(I))) / masking.groups)
-        rank = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1)
+        turn = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1).to(device)
         error = times = shift = 0
-        for _ in range(rounds):  # each keeps the next few of one random order
-            keep, mask = mask_lowest(((rank + shift) % rank.shape[1]).float().to(device),
-                                     masking.ratio)
+        for _ in range(max(rounds, math.ceil(1 / masking.ratio))):  # until each has been masked:
+            keep, mask = mask_lowest(((turn + shift) % turn.shape[1]).float(), masking.ratio)
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
-            shift += keep.shape[1]
+            shift += keep.shape[1]  # the next few of one random order are kept
         errors.append(error / times.clamp(min=1))
     model.train(was_training)
-    error, keep = torch.cat(errors), torch.cat(keeps)
-    return dict(positions=correlation(error.mean(0), keep.mean(0)).item(),
-                within_image=correlation(error, keep).mean().item(),
+    error, kept = torch.cat(errors), torch.cat(keeps)
+    return dict(positions=correlation(error.mean(0), kept.mean(0)).item(),
+                within_image=correlation(error, kept).mean().item(),
                 error_map=[round(v, 4) for v in error.mean(0).tolist()],
-                keep_map=[round(v, 4) for v in keep.mean(0).tolist()])
+                keep_map=[round(v, 4) for v in kept.mean(0).tolist()])
 
 class Log:
     """A status line for people, which rewrites itself on a terminal and elsewhere comes every 5 s,
@@ -1271,7 +1270,7 @@ class Log:
                 f"waiting {self.waited / spent:.0%}  left {left}")
         if self.terminal:
             line = "\r\033[K" + line[:max(1, os.get_terminal_size().columns - 1)]
-        print(line, end="" if self.terminal else "\n", flush=True)
+        print(line, end="" if self.terminal and step < self.total else "\n", flush=True)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -1306,7 +1305,7 @@ class Log:
 # ===== 4.1 The loop =====
 
 def leave_signals(worker: int) -> None:
-    """A loading process ends with its parent; SIGTERM and Ctrl-C, which reach both, are for it."""
+    """SIGTERM and Ctrl-C reach loading processes too; their parent handles them, and ends both."""
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, signal.SIG_IGN)
 
@@ -1327,8 +1326,13 @@ class Run:
         self.warned, self.data, self.folder = set(), find_data(s.data), Path("runs", s.name)
         self.checkpoint = self.folder / f"checkpoint{suffix}.pt"
         self.colours = agree(world, lambda: colours_of(self.data))
+        # An epoch permutes the list of pictures: of another list, other images would be taken.
+        listed = stream_of(*(p[len(str(self.data)):] for p in faces.paths)).initial_seed()
+        if len(gather(world, torch.tensor([listed], device=world.device)).unique()) > 1:
+            raise Problem(f"{self.data} does not hold the same pictures for all processes; copy it "
+                          f"whole to every machine.")
         self.settings = {k: v for k, v in asdict(s).items() if k not in self.ignored} | dict(
-            pictures=len(faces), colours=list(self.colours), **more)
+            pictures=len(faces), listed=listed, colours=list(self.colours), **more)
         # Departure 10: ⌊256/W⌋ images a process, 255 on three. The rate follows what is true.
         self.share = s.batch_size // world.size
         batch = self.share * world.size
@@ -1338,18 +1342,13 @@ class Run:
         if len(faces) < batch and not self.partial:
             raise Problem(f"{self.data} has {len(faces)} pictures to train on, fewer than a batch "
                           f"of {batch}; lower --batch-size or add pictures.")
-        # An epoch permutes the list of pictures: on another list, other images would be taken.
-        digest = stream_of(*map(os.path.basename, faces.paths)).initial_seed()
-        if len(gather(world, torch.tensor([digest], device=world.device)).unique()) > 1:
-            raise Problem(f"{self.data} does not hold the same pictures for all processes; copy it "
-                          f"whole to every machine.")
         self.rate = s.lr * batch / 256
         self.model = model.to(world.device, memory_format=torch.channels_last)
         fused = world.device.type == "cuda"
         self.optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad],
                                          lr=self.rate, momentum=s.momentum,
                                          weight_decay=s.weight_decay, fused=fused)
-        self.batches = Batches(len(faces), batch, s.steps, s.seed, world.rank, world.size,
+        self.batches = Batches(len(faces), batch, 0, s.seed, world.rank, world.size,
                                partial=self.partial, weights=weights)
         total = self.batches.total = s.steps or s.epochs * self.batches.per_epoch
         self.log = Log(self.folder / f"log{suffix}.jsonl", total, world.rank == 0)
@@ -1372,7 +1371,8 @@ class Run:
         """The checkpoint to go on from, if there is one. Raises Problem."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = keep_others_away(self.checkpoint.with_suffix(".lock"))
-        if self.s.fresh:  # gone at once: a new log beside an old checkpoint would deceive
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
+        if self.s.fresh and not restarted:  # gone at once: beside a new log it would deceive
             self.checkpoint.unlink(missing_ok=True)
             if not self.s.eval:
                 (self.folder / "backbone.pt").unlink(missing_ok=True)
@@ -1401,15 +1401,16 @@ class Run:
 
     def save(self, place: tuple[int, int]) -> None:
         """Writes the checkpoint: process 0 alone. Raises Problem."""
+        self.log.path.touch()  # it may have been removed
         log = self.log.path.stat().st_size, self.log.sums, self.log.count
         state = dict(settings=self.settings, place=list(place), model=self.model.state_dict(),
                      optimizer=self.optimizer.state_dict(), share=self.share, log=log)
         write_whole(self.checkpoint, lambda file: torch.save(state, file))
 
     def rehearse(self, batch: dict[str, Tensor], place: tuple[int, int]) -> None:
-        """Throws the first gradients away, and takes back what their forward pass changed: behind
-        them DDP lays its buckets anew, which with three processes changes the order of sums, and a
-        run that goes on would not be bit-equal. (On GPUs it never is: cuDNN tries its kernels.)"""
+        """Throws the first gradients away, and takes back what their forward pass changed. After
+        its first backward pass DDP lays its buckets anew; with three processes this changes the
+        order of sums, so that a run that goes on would not be bit-equal. (On GPUs it never is.)"""
         buffers = [(b, b.clone()) for b in self.model.buffers()]
         self.backward(batch, place)
         self.optimizer.zero_grad()
@@ -1456,7 +1457,7 @@ class Run:
         gradients = [p.grad for p in self.trained.parameters() if p.grad is not None]
         parts["gradient"] = torch.stack(torch._foreach_norm(gradients)).norm()
         parts["stop"] = torch.full_like(parts["gradient"], self.told_to_stop * self.world.size)
-        # The one place where the host waits for the device. A NaN anywhere is one everywhere.
+        # The one place where the host waits for the device; the sum spreads a NaN to all processes.
         values = torch.stack([v.detach().float() for v in parts.values()])
         if self.world.size > 1:
             dist.all_reduce(values)
@@ -1488,7 +1489,7 @@ class Run:
     def go(self) -> None:
         """From where the run stands to its end. Raises Problem."""
         # A cluster takes the machine back by SIGTERM: all processes end after the same step.
-        before_us = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told_to_stop", True))
+        before_us = signal.signal(signal.SIGTERM, lambda *_: setattr(Run, "told_to_stop", True))
         try:
             self.take_steps()
         finally:
@@ -1530,8 +1531,10 @@ class Run:
             if world.rank == 0 and (ends or stop or due):
                 self.save((epoch, done))
             if stop and not last:
+                if world.size > 1:
+                    dist.barrier()  # torchrun kills process 0, still saving, once others have ended
                 raise Problem(f"stopped after step {step:,} of {batches.total:,}; the same command "
-                              f"goes on from there.", code=143)
+                              f"(without --fresh) goes on from there.", code=143)
 
 # ===== 4.1 Pre-training =====
 
@@ -1546,7 +1549,7 @@ def split_pictures(s: Settings) -> tuple[list[str], list[str]]:
 
 class Pretraining(Run):
     """SimFLE on pictures without labels. (Sec. 4.1)"""
-    shown, ignored = ("L_s", "L_r", "L_d", "L_g", "spread"), frozenset(("labels",))
+    shown = ("L_s", "L_r", "L_d", "L_g", "spread")
 
     def __init__(self, s: Settings, world: World):
         paths, self.aside = split_pictures(s)
@@ -1564,23 +1567,19 @@ class Pretraining(Run):
             inputs = prepare(batch, (self.s.seed, *place), self.colours)
         return self.wrapped(*inputs)
 
-    @functools.cached_property
-    def images(self) -> Tensor:
-        """Those set aside, read when they are first needed."""
-        faces = Faces(self.aside, 0, self.s.ffl_size, 1, 0, crops=0)
-        return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(faces))])
-
     def epoch_ends(self, epoch: int, step: int) -> None:
         if not self.aside or self.model.ffl is None:
             return
-        measured = measure_refinement(self.model, self.images, self.colours)
+        faces = Faces(self.aside, 0, self.s.ffl_size, 1, 0, crops=0)
+        images = torch.stack([faces[0, i, 1.0]["image"] for i in range(len(faces))])
+        measured = measure_refinement(self.model, images, self.colours)
         self.log.write(dict(step=step, epoch=epoch + 1, refinement=measured))
         self.log.say(f"epoch {epoch + 1} done; error and keep frequency correlate by "
                      f"{measured['positions']:+.2f} over positions, "
                      f"{measured['within_image']:+.2f} within an image")
 
     def save(self, place: tuple[int, int]) -> None:
-        backbone = self.model.backbone.resnet.state_dict()
+        backbone = {k: v.cpu() for k, v in self.model.backbone.resnet.state_dict().items()}
         write_whole(self.folder / "backbone.pt", lambda file: torch.save(backbone, file))
         super().save(place)  # last: where this is complete, so is the other
 
@@ -1602,7 +1601,7 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
     return classes, sum(found, []), [label for label, one in enumerate(found) for _ in one]
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
-    """The images that keep their labels: the same share of every class, at least one. (Sec. B.2)"""
+    """The images that keep their labels: the same share of every class, at least one. (B.2)"""
     chosen = []
     for label in set(labels):
         mine = [i for i, one in enumerate(labels) if one == label]
@@ -1819,7 +1818,7 @@ class GFLAlone(nn.Module):
 
 class DirectSimFLE(GFLAlone):
     """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
-    the backbone too, through the grouping layer. (Table 3 b)"""
+    the backbone too, through the grouping layer. (Table 3 b, as we read it)"""
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor, u=None) -> dict[str, Tensor]:
         L_s, _, z1 = self.gfl(v1, v2)
         L_r, _, L_g, D2_between, D2_within = self.ffl(self.backbone(I)[0], I, u)
@@ -1840,9 +1839,9 @@ class RandomMasking(SemanticMasking):
 MASKINGS = Parts(semantic=SemanticMasking, random=RandomMasking)
 
 # ===== Table 4: other methods for GFL =====
-# SimSiam is BYOL without inertia: that the target gets no gradient is enough. In the others a view
-# must find the other one of its face (the positive) among those of other faces (the negatives), and
-# cannot while all are one point. MoCo has them in a queue, SimCLR in the batch of all W processes.
+# SimSiam is BYOL without a target of its own: the stopped gradient alone prevents a collapse. In
+# the others a view must find its face's other view (the positive) among those of other faces (the
+# negatives), which MoCo has in a queue, SimCLR in the batch of all W processes.
 
 def two_layers(inputs: int, outputs: int) -> nn.Sequential:
     """The head of SimCLR and MoCo v2: without BatchNorm. (Table 4)"""
@@ -1872,7 +1871,7 @@ class MoCo(nn.Module):
 
     The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
     of earlier batches, in a queue that is the same in every process. Only v1 is seen with gradient,
-    so L_d has two vectors, z_m and z_v1: nothing can be distilled into the target's."""
+    so L_d has two vectors, z_m and z_v1, and none for the target's (departure 16)."""
     def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128, queue: int = 65_536,
                  t: float = 0.07, tau: float = 0.999, world: World = ALONE):
         super().__init__()
@@ -1888,8 +1887,8 @@ class MoCo(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         z1, h1 = self.online(v1)
         with torch.no_grad():
-            # Shuffling BatchNorm: process r makes the keys of every W-th image from the r-th on. A
-            # query would know its own by the batch whose statistics have normalised both.
+            # Shuffling BatchNorm: process r makes the keys of every W-th image from the r-th on.
+            # Statistics that normalise query and key alike would give away which belong together.
             W, r, B = self.world.size, self.world.rank, len(v1)
             mixed = self.target(gather(self.world, v2)[r::W])[0]
             keys = rearrange(gather(self.world, mixed), "(w b) d -> (b w) d", w=W)  # (W·B, 128)
@@ -1981,15 +1980,15 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nsimfle: {told}", file=sys.stderr, flush=True)
         return told.code
     except KeyboardInterrupt:
-        print("\nsimfle: interrupted; the same command goes on from the last checkpoint, if there "
-              "is one (--save-every writes more of them).", file=sys.stderr, flush=True)
+        print("\nsimfle: interrupted; the same command (without --fresh) goes on from the last "
+              "checkpoint, if there is one (--save-every N).", file=sys.stderr, flush=True)
         return 130
     except Exception as error:  # not left to Python, which would wait for the loading processes
         lost = dist.is_initialized() and isinstance(error, RuntimeError) and re.search(
             "closed|reset|peer|timed out", str(error), re.IGNORECASE)
-        print(f"\nsimfle: process {dist.get_rank()} ends, because another one has ended; the same "
-              f"command goes on from the last checkpoint." if lost else traceback.format_exc(),
-              file=sys.stderr, flush=True)
+        told = (f"\nsimfle: process {dist.get_rank()} ends, because another one has ended; the "
+                f"same command (without --fresh) goes on." if lost else traceback.format_exc())
+        print(told, file=sys.stderr, flush=True)
         return 1
     return 0
 
