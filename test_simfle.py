@@ -399,6 +399,28 @@ def test_a_block_is_attention_written_with_softmax():
     torch.testing.assert_close(block(x), y + block.mlp(F.layer_norm(y, (8,), eps=1e-6)))
 
 
+def test_heads_blocks_and_maps_have_the_layers_of_their_papers():
+    def kinds(net):
+        return [type(m).__name__ for m in net.modules() if not list(m.children())]
+
+    assert kinds(S.mlp(4, 8, 2)) == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert kinds(S.two_layers(4, 2)) == ["Linear", "ReLU", "Linear"]
+    assert kinds(S.Block(8, 2).mlp) == ["Linear", "GELU", "Linear"]
+    projector = gfl_of("simsiam").online.projector
+    assert kinds(projector) == ["Linear", "BatchNorm1d", "ReLU"] * 2 + ["Linear", "BatchNorm1d"]
+    assert not projector[-1].affine and projector[1].affine
+    assert [gfl_of(n).t for n in ("moco", "mocov2", "simclr")] == [0.07, 0.2, 0.1]
+    mae = small_model().ffl.mae
+    weight, bound = mae.encoder[0].mlp[0].weight, (6 / (128 + 512))**0.5  # Xavier's
+    assert 0.99 * bound < weight.abs().max() <= bound and not mae.encoder[0].mlp[0].bias.any()
+    net, x = S.small_resnet(8).eval(), seeded(2, 3, 32, 32)
+    net.fc = nn.Identity()
+    torch.testing.assert_close(S.feature_map(net, x).mean((2, 3)), net(x))
+    model = small_model()
+    model(*small_inputs())["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 # ---------------------------------------------------------------- 3.3 Connection and total loss
 
 
@@ -535,6 +557,7 @@ def test_options_reach_the_model_and_the_defaults_are_the_papers():
     assert (ffl.masking.ratio, ffl.kappa, ffl.balanced, ffl.mae.norm_pix) == (0.5, 0, True, False)
     s = settings(["--data", "affectnet"])
     assert (s.epochs, s.batch_size, s.lr, s.momentum, s.weight_decay) == (100, 256, 0.05, 0.9, 1e-4)
+    assert (s.hidden, s.outputs, s.queue, s.steps) == (4096, 256, 65_536, 0)
     assert (s.groups, s.mask_ratio, s.patch, s.alpha, s.beta, s.temperature) == (32, 0.75, 16, 0.3,
                                                                                  0.03, 4.0)
     assert (s.view_size, s.ffl_size, s.arch, s.vit, s.crop_min) == (224, 112, "resnet50", "base",
@@ -624,8 +647,8 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
     assert Path("runs/faces/backbone.pt").exists()
     del S.RESNETS["mine"]  # as in the plain program
     for mode in ("--eval", "--figures"):
-        assert "no part mine here, only small, resnet101" in complaint(["--data", toy, mode], tmp_path,
-                                                                      monkeypatch, capsys)
+        told = complaint(["--data", toy, mode], tmp_path, monkeypatch, capsys)
+        assert "no part mine here, only small, resnet101" in told
     S.RESNETS["mine"] = lambda: S.small_resnet(8)
     for table in (S.MASKINGS, S.GFLS):
         del table["mine"]
@@ -681,6 +704,14 @@ def test_the_dice_of_an_image_decide_alone_what_happens_to_it():
     torch.testing.assert_close(out[2], S.normalise(expected[None])[0], atol=1e-2, rtol=0)
 
 
+def test_blur_at_224_pixels_has_23_taps():
+    x = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8)
+    dice = torch.tensor([[0.9, 0.9, 0.5, 0.5, 0.5, 0.5, 0.9, 0.1, 1.0]])
+    expected = TF.gaussian_blur(x / 255, [23, 23], [2.0, 2.0])
+    torch.testing.assert_close(S.augment(x, dice, [0, 1, 2, 3]), S.normalise(expected), atol=1e-3,
+                               rtol=0)
+
+
 def test_jitters_come_in_the_given_order_each_with_its_own_strength():
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     x, order = (255 * x).to(torch.uint8), [2, 0, 3, 1]
@@ -725,6 +756,9 @@ def test_pictures_of_any_kind_are_read_at_any_depth(tmp_path):
     (deep / "Thumbs.db").write_bytes(b"x")
     (deep / "notes.txt").write_text("x")
     (deep / "circle").symlink_to(tmp_path)
+    for hidden in (".cache", "__MACOSX"):
+        (tmp_path / hidden).mkdir()
+        base.save(tmp_path / hidden / "no.png")
     paths = S.find_pictures(tmp_path)
     assert [Path(p).name for p in paths] == ["alpha.webp", "bits.bmp", "cmyk.tif", "deep.png",
                                              "grey.png", "palette.gif", "loose.JPG"]
@@ -903,6 +937,10 @@ def test_training_logs_checkpoints_and_goes_on_bit_exactly(toy, tmp_path, monkey
     assert in_process(*args, "--name", "whole", cwd=tmp_path, monkeypatch=monkeypatch) == 0
     assert "complete" in capsys.readouterr().out
     # --fresh starts over, and the log with it.
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(S.Pretraining, "step", lambda *_: (_ for _ in ()).throw(Interrupted))
+        in_process(*args, "--name", "parts", "--fresh", cwd=tmp_path, monkeypatch=monkeypatch)
+    assert {p.name for p in parts.iterdir()} == {"checkpoint.lock", "log.jsonl"}
     assert in_process(*args[:-1], "1", "--name", "whole", "--fresh", cwd=tmp_path,
                       monkeypatch=monkeypatch) == 0
     assert len(records(whole)) == 7  # the settings, five steps, one measure
@@ -949,6 +987,10 @@ def steps(self, batch, place, rate):
         other = p.detach().clone()
         dist.broadcast(other, 0)
         assert torch.equal(other, p), "weights differ between processes"
+    mean = self.model.gfl.online.backbone.resnet.bn1.running_mean  # BatchNorm is local
+    other = mean.clone()
+    dist.broadcast(other, 0)
+    assert torch.equal(other, mean) == (self.world.rank == 0)
     return values
 S.Pretraining.step = steps
 with S.processes() as world:
@@ -1012,6 +1054,60 @@ def test_pictures_set_aside_are_not_trained_on_and_val_is_not_read(toy):
     train, aside = S.split_pictures(settings(["--data", toy]))
     assert (len(train), len(aside)) == (63, 3) and not set(train) & set(aside)
     assert all("/train/" in p for p in train + aside)
+
+
+def test_everything_drawn_depends_on_the_seed(toy, trained, monkeypatch):
+    one, two = ([S.build_model(s).backbone.resnet.conv1.weight, S.split_pictures(s)[1],
+                 S.Batches(50, 5, 1, s.seed).order(0)] for s in (
+                     settings(["--data", toy, *TINY, "--seed", seed]) for seed in (0, 1)))
+    assert not torch.equal(one[0], two[0]) and one[1] != two[1] and one[2] != two[2]
+    monkeypatch.chdir(trained)
+    with S.processes() as world:
+        heads = [S.Evaluation(settings(["--data", "colours", "--eval", *EVAL, "--seed", seed,
+                                        "--fresh"]), world).model.fc.weight for seed in (0, 1)]
+    assert not torch.equal(*heads)
+
+
+def test_the_log_holds_means_and_agree_tells_what_the_disk_says(tmp_path):
+    log = S.Log(tmp_path / "log.jsonl", 4, True)
+    for step, value in enumerate((1.0, 2.0, 6.0, 8.0), 1):
+        log.add(step, 0, 0.1, {"x": value}, due=step % 2 == 0)
+    assert [r["x"] for r in records(tmp_path)] == [1.5, 7.0]
+    with pytest.raises(S.Problem, match="may write to"):
+        S.agree(S.ALONE, lambda: open(tmp_path / "nowhere" / "file", "w"))
+
+
+def test_a_step_tells_the_gradients_norm_and_counts_over_processes(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with S.processes() as world:
+        run = S.Pretraining(settings(["--data", toy, *TINY, "--workers", "-1"]), world)
+    monkeypatch.setattr(S.Run, "cores", lambda self: 4)
+    run.world = S.World(0, 2, torch.device("cpu"), local_size=2)
+    assert run.loader(run.faces, run.batches).num_workers == 2
+    batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
+    batch["unreadable"][:3] = True
+    assert run.backward(batch, (0, 0))["unreadable"] == 6  # the mean over two processes is taken
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    norm = torch.cat([g.flatten() for g in gradients]).double().norm().item()
+    run.optimizer.zero_grad()
+    run.world = world
+    assert run.step(batch, (0, 0), 0.1)["gradient"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_two_unreadable_pictures_in_different_steps_are_two(toy, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "faces"
+    for i in range(60):
+        put(folder / f"{i:02}.png")
+    paths, _ = S.split_pictures(settings(["--data", folder]))
+    for place in (0, 30):  # in the first and in the third step
+        Path(paths[S.Batches(len(paths), 12, 1, 0).order(0)[place]]).write_text("no picture")
+    args = ["--data", folder, *TINY, "--workers", "0", "--steps", "4"]
+    assert "2 pictures of" in complaint_last(args, tmp_path, monkeypatch, capsys)
+
+
+def complaint_last(args, cwd, monkeypatch, capsys):
+    assert in_process(*args, cwd=cwd, monkeypatch=monkeypatch) == 2
+    return capsys.readouterr().err.strip().split("\n")[-1]
 
 
 def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
@@ -1181,6 +1277,9 @@ def test_an_evaluation_takes_over_the_runs_net_and_sizes(trained, monkeypatch):
     monkeypatch.chdir(trained)
     s = settings(["--data", "colours", "--eval"])
     assert (s.preset, s.arch, s.view_size, s.crop_min) == ("laptop", "small", 32, 0.3)
+    assert s.steps == 0  # the preset's are pre-training's
+    tuned = settings(["--data", "colours", "--eval", "finetune", "--oversample"])
+    assert not S.as_linear(tuned)["oversample"] and tuned.oversample
 
 
 def test_accuracies_are_of_rows_and_their_mean():
@@ -1207,6 +1306,13 @@ def test_training_pictures_are_cropped_and_flipped_and_test_pictures_are_not(tra
     run.confusion()
     whole = [TF.pil_to_tensor(TF.resize(Image.open(path), [32, 32])) for path in run.val[0]]
     assert torch.equal(torch.cat(seen[1:]), torch.stack(whole)) and len(whole) == 15
+    logits = torch.eye(3)[1].expand(6, 3)  # all are taken for class 1
+    monkeypatch.setattr(run, "predict", lambda wrapped, x: logits[0].expand(len(x), 3))
+    assert run.confusion().tolist() == [[0, 5, 0]] * 3
+    run.batches.batch = 12  # of 30 pictures the last 6 make a smaller batch
+    rest = torch.utils.data.default_collate([run.faces[0, i, 1.0] for i in range(24, 30)])
+    torch.testing.assert_close(run.losses(rest, (0, 24))["loss"],
+                               F.cross_entropy(logits, rest["label"]))
 
 
 def test_labels_are_shared_out_by_class_and_by_the_seed_alone():
@@ -1228,6 +1334,7 @@ def test_oversampling_shows_every_class_equally_often(trained, monkeypatch):
     with S.processes() as world:
         run = S.Evaluation(settings(["--data", "colours", "--eval", *EVAL, "--oversample",
                                      "--fresh"]), world)
+    assert run.tag == "linear-colours-oversample"
     mass = torch.bincount(torch.tensor(run.faces.labels), run.batches.weights)
     assert (mass - 1).abs().max() < 1e-6  # 14, 9 and 7 pictures: equal mass
 
@@ -1282,6 +1389,15 @@ def test_heads_move_between_datasets_class_by_class(trained, tmp_path, monkeypat
     others = ["--data", tmp_path / "others", "--name", "colours", *EVAL, "--epochs", "1"]
     assert in_process(*others, "--eval", "finetune", cwd=trained, monkeypatch=monkeypatch) == 0
     assert "linear-colours.pt (" in result(trained, "finetune-others")["settings"]["start"]
+    # A linear result of another backbone is not fine-tuned.
+    backbone = Path("runs/colours/backbone.pt")
+    good, told = backbone.read_bytes(), S.with_digest(backbone)
+    torch.save({k: v + 1 for k, v in torch.load(backbone).items()}, backbone)
+    assert S.with_digest(backbone) != told
+    assert "is of an older runs/colours/backbone.pt" in complaint([*others, "--eval", "finetune",
+                                                                  "--seed", "3"], trained,
+                                                                  monkeypatch, capsys)
+    backbone.write_bytes(good)
     # A head whose classes stand in another order is turned.
     saved = torch.load("runs/colours/linear-colours.pt", weights_only=True)
     turned = saved | {"classes": ["2_c", "0_a", "1_b"]}
@@ -1442,6 +1558,8 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--figures", "--init", "random", "--name", "nope"], "there is no run nope"),
     (["--eval", "--figures"], "--eval and --figures are two commands"),
     (["--mask-ratio", "1.5"], "--mask-ratio must be between 0 and 1"),
+    (["--alpha", "-0.1"], "--alpha must be from 0, not -0.1"),
+    (["--patch", "28"], "--patch must be smaller than --ffl-size"),
     (["--batch-size", "1"], "BatchNorm needs 2"),
     (["--batch-size", "1000"], "fewer than a batch of 1000"),
     (["--sync-bn"], "--sync-bn works on GPUs only"),
@@ -1501,6 +1619,7 @@ def test_wrong_checkpoints_get_a_sentence_and_stay_as_they_are(toy, tmp_path, mo
     good = path.read_bytes()
     for more, words in ((["--lr", "0.3", "--groups", "16"],
                          "groups was 32 and is now 16; lr was 0.4 and is now 0.3"),
+                        (["--alpha", "0.1"], "alpha was 0.3 and is now 0.1"),
                         (["--seed", "7"], "seed was 0 and is now 7")):
         assert words in complaint([*args, *more], tmp_path, monkeypatch, capsys)
         assert path.read_bytes() == good
@@ -1685,6 +1804,17 @@ def test_nt_xent_is_the_double_loop():
     torch.testing.assert_close(S.nt_xent(z1, z2, t), torch.tensor(total / 10))
 
 
+def test_bf16_does_not_touch_the_losses_of_other_gfls():
+    z, moco = 9 * seeded(5, 8), gfl_of("moco", queue=10)
+    moco.queue.copy_(F.normalize(seeded(10, 8, seed=1), dim=1))
+    for stream in (moco.online, moco.target):
+        stream.forward = lambda v: (z, v)
+    for loss in (lambda: S.nt_xent(z, z.flip(0), 0.1), lambda: moco(z, z)[0]):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = loss()
+        assert torch.equal(half, loss())
+
+
 def test_mocos_loss_is_that_of_finding_the_key_and_only_the_query_learns():
     gfl = gfl_of("moco", queue=10)
     v1, v2, _ = (x.cpu() for x in small_inputs())
@@ -1701,6 +1831,7 @@ def test_mocos_loss_is_that_of_finding_the_key_and_only_the_query_learns():
     torch.testing.assert_close(L_s, torch.tensor(total / 4), rtol=1e-4, atol=1e-4)
     L_s.backward()
     assert all(p.grad is None for p in gfl.target.parameters()) and len(hs) == 1
+    assert hs[0].requires_grad  # L_d trains the backbone
     assert gfl.online.projector.weight.grad.abs().sum() > 0
 
 
@@ -1804,6 +1935,9 @@ def test_direct_connection_trains_the_backbone_by_the_map_and_random_masking_doe
                                     allow_unused=True)
         assert any(g is not None and g.abs().sum() > 0 for g in grads) == reached
         assert ("L_d" in out) != reached
+    model = S.build_model(settings([*TINY, "--connection", "direct", "--beta", "0.5"]))
+    out = model(v1, v2, I)
+    torch.testing.assert_close(out["loss"], out["L_s"] + out["L_r"] + 0.5 * out["L_g"])
 
 
 def test_random_masks_come_from_u_alone_and_leave_no_gradient_to_the_scores():
@@ -1830,10 +1964,13 @@ def same_picture(a, b):
     return a.size == b.size and a.convert("RGB").tobytes() == b.convert("RGB").tobytes()
 
 
-def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals():
+def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals(monkeypatch):
     model = small_model().cpu().eval()
     x = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    texts = Texts(monkeypatch)
     sheet = D.figures_masks(model, x, (S.MEAN, S.STD))["masks"]
+    places = [texts.at(f"group {g}")[0][0] for g in range(8)]
+    assert places == sorted(places)
     I = S.normalise(x)
     C = model.ffl.grouping(model.backbone(I)[0])
     for face in range(3):
@@ -1857,13 +1994,14 @@ def test_a_perfect_guess_is_drawn_as_the_original_and_only_masked_patches_are_gu
     model = small_model(norm_pix=norm_pix).cpu().eval()
     x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
     u, mae = torch.arange(4)[:, None] / 4, model.ffl.mae
-    masked, whole = D.reconstruct(model, x, u, (S.MEAN, S.STD))
+    own = ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4])
+    masked, whole = D.reconstruct(model, x, u, own)
     kept = masked != 0.5
     assert kept.float().mean() == 12 / 49
     torch.testing.assert_close(whole[kept], x[kept])
     assert (whole - x)[~kept].abs().mean() > 0.05
-    mae.decode = lambda tokens, keep: mae.target(mae.patchify(S.normalise(x)))
-    torch.testing.assert_close(D.reconstruct(model, x, u, (S.MEAN, S.STD))[1], x, atol=1e-4, rtol=0)
+    mae.decode = lambda tokens, keep: mae.target(mae.patchify(S.normalise(x, own)))
+    torch.testing.assert_close(D.reconstruct(model, x, u, own)[1], x, atol=1e-4, rtol=0)
 
 
 def saved_classifier(path, net, classes, size, arch="small"):
@@ -1972,6 +2110,33 @@ def test_a_log_with_numbers_that_are_not_finite_is_drawn():
     assert D.figure_curves(log).width > 800
 
 
+def test_a_plot_rises_with_its_numbers_and_leaves_out_what_is_not_finite(monkeypatch):
+    texts, blue = Texts(monkeypatch), (31, 95, 168)
+    picture = D.plot("title", [(1, 0.0), (2, math.nan), (3, 1.0)])
+    assert picture.getpixel((70, 160)) == picture.getpixel((390, 40)) == blue
+    assert texts.at("0") == [(65, 160)] and (65, 40) in texts.at("1")
+    assert not [t for t, _ in texts.all if "nan" in t]
+    seen = {}
+    monkeypatch.setattr(D, "plot", lambda title, points: (seen.update({title: points}),
+                                                          Image.new("RGB", (420, 190)))[1])
+    D.figure_curves([dict(step=1, epoch=1, rate=0.5, L_s=3.0),
+                     dict(step=2, epoch=1, rate=0.4, L_s=2.0),
+                     dict(step=2, epoch=1, refinement=dict(positions=0.25, error_map=[1.0]))])
+    assert seen == {"rate, by step": [(1, 0.5), (2, 0.4)], "L_s, by step": [(1, 3.0), (2, 2.0)],
+                    "correlation (Fig. 3), positions, by epoch": [(1, 0.25)]}
+
+
+def test_attention_names_classes_and_lies_over_the_face(monkeypatch):
+    texts, x = Texts(monkeypatch), torch.rand(2, 3, 28, 28)
+    cam = torch.zeros(2, 28, 28)
+    looks = {"run": lambda paths: (x, ["0_a", "1_b"], cam)}
+    sheet = D.figure_attention("title", looks, [("p", "1_b"), ("q", None)])
+    assert texts.at("is\n1_b") and texts.at("taken for\n0_a") and texts.at("taken for\n1_b")
+    assert not texts.at("is\nNone") and sheet.height > 2 * 112
+    plain, under = D.cell(x[0]), D.cell(x[0], cam[0])
+    assert same_picture(under, Image.blend(plain, D.heat(cam[0], 0, 1, 1).resize((112, 112)), 0.5))
+
+
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = {k: v for k, v in asdict(S.Settings(data="faces")).items() if k not in S.FREE}
@@ -1992,8 +2157,15 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     args = ["--data", "colours", "--eval", *EVAL, "--epochs", "1", "--batch-size", "8", "--fresh"]
     assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
     folder = trained / "runs/colours/figures"
+    real, sheets = D.figure_attention, {}
+    monkeypatch.setattr(D, "figure_attention", lambda title, looks, pictures: (
+        sheets.update({title[:5]: pictures}), real(title, looks, pictures))[1])
     assert in_process("--data", "colours", "--figures", "--compare", "colours", "nobody",
                       cwd=trained, monkeypatch=monkeypatch) == 0
+    shown = [picture for pictures in sheets.values() for picture in pictures]
+    assert len(sheets["Where"]) == 8 and all(Path(path).parent.name == k for path, k in shown)
+    confusion = torch.tensor(result(trained, "linear-colours")["confusion"])
+    assert len(sheets.get("Taken", [])) == min(8, 15 - confusion.diag().sum())
     out = capsys.readouterr().out
     assert "runs/nobody does not exist" in out
     names = {p.stem for p in folder.glob("*.png")}
@@ -2745,6 +2917,23 @@ def test_where_links_do_not_work_pictures_are_copied_whole(tmp_path):
     assert copy_of.read_bytes() == (images / "1/a.jpg").read_bytes()
     assert not os.path.samefile(copy_of, images / "1/a.jpg")
     assert len(S.find_pictures(tmp_path / "affectnet7")) == 8
+
+
+def test_own_colours_reach_every_picture(tmp_path, monkeypatch):
+    own, seen = ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4]), []
+    colours(tmp_path / "d", {"0_a": 12, "1_b": 12})
+    text(tmp_path / "d/stats.json", json.dumps(dict(mean=own[0], std=own[1], own_colours=True)))
+    for name, at in (("prepare", 2), ("measure_refinement", 2), ("normalise", 1)):
+        real = getattr(S, name)
+        monkeypatch.setattr(S, name, lambda *a, real=real, name=name, at=at, **k: (
+            seen.append((name, a[1], a[at] if len(a) > at else None)), real(*a, **k))[1])
+    args = ["--data", "d", *TINY[:2], "--workers", "0", "--batch-size", "4", "--seed", "7"]
+    small = ["--view-size", "32", "--ffl-size", "28", "--patch", "4", "--hidden", "8"]
+    for order in ([*small, "--steps", "1"], ["--eval", "--epochs", "1"], ["--figures"]):
+        assert in_process(*args, *order, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert all(list(used) == list(own) for *_, used in seen)
+    assert {name for name, *_ in seen} == {"prepare", "measure_refinement", "normalise"}
+    assert next(key for name, key, _ in seen if name == "prepare") == (7, 0, 0)
 
 
 def test_ferplus_is_normalised_by_its_own_colours_all_else_by_affectnets(tmp_path, monkeypatch):
