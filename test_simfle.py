@@ -1522,12 +1522,31 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
                         dict(epochs=1, batch_size=12, lr=0.1, weight_decay=0.0))
     assert in_process(cwd=trained, monkeypatch=monkeypatch) == 0
     last = capsys.readouterr().out.strip().split("\n")[-1]
+    drawn = {p.stem for p in (trained / "runs/toy/figures").iterdir()}
+    assert drawn >= {"masks", "masks-untrained", "reconstructions", "attention", "curves"}
     untrained, got = (result(trained, f"linear-toy{x}", "toy") for x in ("-random", ""))
     assert untrained["settings"]["start"] == "random"
     assert "runs/toy/backbone.pt (" in got["settings"]["start"]
     assert last == (f"Linear accuracy on 15 held-out toy faces of 3 expressions: "
                     f"{untrained['accuracy']:.1f} % with the untrained backbone, "
                     f"{got['accuracy']:.1f} % with the trained one.")
+
+
+def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch):
+    demo, started, code = S.helper("demo"), [], 0
+    monkeypatch.setattr(S, "HERE", tmp_path)
+    monkeypatch.setattr(demo.subprocess, "run", lambda command: (
+        started.append(command[-1].name), subprocess.CompletedProcess(command, code))[1])
+    demo.draw_toy_faces(S.ALONE)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    demo.draw_toy_faces(S.ALONE)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code = 1
+    with pytest.raises(S.Problem, match="could not draw"):
+        demo.draw_toy_faces(S.ALONE)
+    text(tmp_path / "data/toy/complete", "")
+    demo.draw_toy_faces(S.ALONE)
+    assert started == ["toy.py"] * 2
 
 
 # ---------------------------------------------------------------- Bad input
@@ -1971,6 +1990,11 @@ def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals(monk
     sheet = D.figures_masks(model, x, (S.MEAN, S.STD))["masks"]
     places = [texts.at(f"group {g}")[0][0] for g in range(8)]
     assert places == sorted(places)
+    with monkeypatch.context() as patch:
+        patch.setattr(D, "sheet", lambda title, rows, *a, **k: rows)
+        rows = D.figures_masks(model, x, (S.MEAN, S.STD))["reconstructions"]
+    greys = [dict(c[::-1] for c in row[0].getcolors(1 << 20)).get((127,) * 3, 0) for row in rows]
+    assert greys[1] >= 37 * 16**2 > 100 * greys[2] and same_picture(rows[0][0], D.cell(x[0]))
     I = S.normalise(x)
     C = model.ffl.grouping(model.backbone(I)[0])
     for face in range(3):
@@ -2082,6 +2106,20 @@ def test_the_cells_of_a_confusion_matrix_hold_its_numbers(monkeypatch):
     assert "accuracy 68.18 %" in words and "0_a" in words and "linear-x" in words
 
 
+def test_figures_take_the_runs_own_classifier_of_this_data_and_linear_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for tag, data, protocol, init in (
+            ("semi-1-a", "a", "semi", ""), ("linear-b", "b", "linear", ""),
+            ("linear-a-x", "a", "linear", "elsewhere/x.pt"), ("linear-a", "a", "linear", "")):
+        text(tmp_path / f"runs/r/eval-{tag}.json", json.dumps(dict(settings=dict(
+            data=data, eval=protocol, init=init))))
+    s, folder = S.Settings(data="a", name="r"), Path("runs/r")
+    for tag in ("linear-a", "semi-1-a", "linear-b"):
+        assert D.find_classifier(s, "r") == folder / f"{tag}.pt"
+        (folder / f"eval-{tag}.json").unlink()
+    assert D.find_classifier(s, "r") is None
+
+
 def test_heat_rises_with_the_number_and_fig3_shows_the_maps_of_the_log():
     greys = [D.heat(torch.tensor([[v]]), 0, 1).convert("L").getpixel((0, 0))
              for v in torch.linspace(0, 1, 20).tolist()]
@@ -2181,7 +2219,8 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert chosen == Path("runs/colours/linear-colours.pt")
     assert settings(["--figures", "--name", "colours"]).data == "colours"  # the run's own
     untrained, own = (Image.open(folder / f"masks{x}.png") for x in ("-untrained", ""))
-    assert untrained.size == own.size and not same_picture(untrained, own)
+    box = (0, 0, own.width, own.height - D.LINE)  # without the line that tells which is which
+    assert untrained.size == own.size and not same_picture(untrained.crop(box), own.crop(box))
     for i in range(3):
         put(trained / f"mine/deep/{i}.png", (40, 30))
     assert in_process("--data", "mine", "--name", "colours", "--figures", cwd=trained,
@@ -2535,6 +2574,17 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
         "target": "2,000.00", "FaceMAE": "1,000.00", "views": "1,000.00", "forward": "7,000.00",
         "backward": "1,000.00", "optimiser, EMA": "1,000.00"}
     assert re.search(r"^step +200.00 ms$", out, re.MULTILINE)  # five of them under one clock
+    assert re.search(r"^step +60.00 images/s$", out, re.MULTILINE)
+    shown = {k: float(v) for k, v in re.findall(r"^(\w.*?)  +([\d.]+) [G%]", out, re.MULTILINE)}
+    model = S.build_model(settings(["--data", toy, *TINY]))
+    with FlopCounterMode(display=False) as counter:
+        model(*(torch.zeros(4, 3, n, n) for n in (32, 32, 28)))
+    forward = counter.get_total_flops() / 2 / 4 / 1e9  # the target's has no way back
+    assert 2 * forward < shown["arithmetic"] < 3 * forward
+    peak = 1024**3 / 1e9  # a product took one second
+    assert shown["share of the peak"] == pytest.approx(100 * 12 * shown["arithmetic"] / 0.2 / peak,
+                                                       rel=0.05)
+    assert 0.1 < shown["memory of a process"] < 30
 
 
 def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, tmp_path, monkeypatch):
