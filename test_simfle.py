@@ -1768,7 +1768,7 @@ ROWS_OF_TABLES = [["--gfl", g, "--ffl", f] for g in ("byol", "simsiam", "moco", 
 @pytest.mark.parametrize("row", ROWS_OF_TABLES, ids=" ".join)
 def test_every_row_trains_goes_on_and_leaves_a_backbone(row, toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["--data", str(toy), *TINY, "--queue", "40", *row]
+    args = ["--data", str(toy), *TINY, "--workers", "0", "--queue", "40", *row]
     assert S.main(args + ["--steps", "6", "--name", "whole"]) == 0
     ends = []
     real = S.Run.save
@@ -2151,7 +2151,7 @@ def test_a_log_with_numbers_that_are_not_finite_is_drawn():
 def test_a_plot_rises_with_its_numbers_and_leaves_out_what_is_not_finite(monkeypatch):
     texts, blue = Texts(monkeypatch), (31, 95, 168)
     picture = D.plot("title", [(1, 0.0), (2, math.nan), (3, 1.0)])
-    assert picture.getpixel((70, 160)) == picture.getpixel((390, 40)) == blue
+    assert {picture.getpixel(p) for p in ((70, 160), (230, 100), (390, 40))} == {blue}
     assert texts.at("0") == [(65, 160)] and (65, 40) in texts.at("1")
     assert not [t for t, _ in texts.all if "nan" in t]
     seen = {}
