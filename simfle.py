@@ -9,7 +9,7 @@ only the backbone is kept. Read this file from the top with the paper beside it;
 and letters are the paper's.
 
     python simfle.py                                               the demo, on a laptop
-    python simfle.py --data affectnet                              one GPU (or none)
+    python simfle.py --data affectnet                              one GPU
     torchrun --nproc_per_node=3 simfle.py --data affectnet         three GPUs, as in the paper
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
              --rdzv_endpoint=HOST:29500 simfle.py --data affectnet        two nodes: on each, this
@@ -68,7 +68,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -717,8 +717,8 @@ PROTOCOLS = {"paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weigh
                         "semi": dict(epochs=20, batch_size=64, lr=0.025, weight_decay=1e-4),
                         "finetune": dict(epochs=10, batch_size=64, lr=0.0005, weight_decay=1e-4)}}
 # What may differ between a checkpoint and the run that goes on from it.
-FREE = {"fresh", "name", "workers", "log_every", "save_every", "compile", "figures", "compare",
-        "benchmark"}
+FREE = {"fresh", "data", "name", "workers", "log_every", "save_every", "compile", "figures",
+        "compare", "benchmark"}  # data may have moved: its list of pictures must be equal
 RANGES = {  # of numbers; those that are not here may be anything
     "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size queue groups "
                                  "patch temperature log_every"),
@@ -740,8 +740,8 @@ class Problem(Exception):
 class Parts(dict):
     """Parts that go by a name on the command line. Raises Problem for a name that is not there."""
     def __missing__(self, name: str):
-        raise Problem(f"there is no part {name} here, only {', '.join(self)}; choose one, or give "
-                      f"these options to the script that adds it.")
+        raise Problem(f"there is no part {name} in this script, only {', '.join(self)}; give these "
+                      f"options to the script that adds it.")
 
 def read_orders(argv: list[str] | None = None) -> dict:
     """What the command line says, and no more. Raises Problem."""
@@ -751,8 +751,9 @@ def read_orders(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(allow_abbrev=False, description="SimFLE: self-supervised "
         "facial expression recognition. Defaults in brackets: the paper's pre-training.")
     parser.error = complain
-    choices = dict(preset=PRESETS, connection=("distil", "direct"), vit=VITS,
-                   grouping=("paper", "balanced"), eval=PROTOCOLS["paper"])
+    choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"), vit=VITS,
+                   connection=("distil", "direct"), grouping=("paper", "balanced"),
+                   eval=PROTOCOLS["paper"])
     for f in fields(Settings):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(nargs="+") if f.default == () else
@@ -859,7 +860,7 @@ def stream_of(*key) -> torch.Generator:
 def find_data(name: str) -> Path:
     """The folder that --data means. Raises Problem, with the folders that there are."""
     for folder in (Path(name), HERE / "data" / name):
-        if folder.is_dir():
+        if name and folder.is_dir():
             return folder
     there = {p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()} - {"figures"}
     raise Problem(f"there is no dataset {name}, as a path or in data/, which has "
@@ -1371,9 +1372,8 @@ class Run:
         """The checkpoint to go on from, if there is one. Raises Problem."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = keep_others_away(self.checkpoint.with_suffix(".lock"))
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
-        if self.s.fresh and not restarted:  # gone at once: beside a new log it would deceive
-            self.checkpoint.unlink(missing_ok=True)
+        if self.s.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            self.checkpoint.unlink(missing_ok=True)  # at once: beside a new log it would deceive
             if not self.s.eval:
                 (self.folder / "backbone.pt").unlink(missing_ok=True)
         if not self.checkpoint.exists():
@@ -1387,7 +1387,8 @@ class Run:
                   for k in sorted(old.keys() | now) if k not in FREE and old.get(k) != now.get(k)]
         if differ:
             raise Problem(f"{self.checkpoint} comes from other settings ({'; '.join(differ)}); "
-                          f"repeat them, give this run another --name, or start over with --fresh.")
+                          f"repeat them, {'' if self.s.eval else 'give this run another --name, '}"
+                          f"or start over with --fresh.")
         return saved
 
     def start_log(self, saved: dict | None) -> None:
@@ -1647,8 +1648,9 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
         path, backbone = Path(s.init or own), own.with_name("backbone.pt")
         if not path.exists():
             raise Problem(f"{path} is missing, from which this starts; " + (
-                "check --init." if s.init else f"give an --init, or make it: `python simfle.py "
-                f"--data {run.get('data', s.data)} --name {s.name}{' --eval' * tune}`."))
+                "check --init, or make it by --eval." if s.init else f"give an --init, or make it: "
+                f"`python simfle.py --data {run.get('data', s.data)} --name {s.name}"
+                f"{' --eval' * tune}`."))
         saved, origin = load_file(path), with_digest(path)
         newer = tune and not s.init and backbone.exists()
         if newer and saved.get("start") != with_digest(backbone):
@@ -1665,8 +1667,8 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
     try:
         net.load_state_dict(state | head)
     except RuntimeError as error:
-        raise Problem(f"{origin} is no {s.arch} ({' '.join(str(error).split())[:150]}); give the "
-                      f"--arch that it was trained with.") from None
+        raise Problem(f"{origin} is no {s.arch} ({' '.join(str(error).split())[:150]}); give a "
+                      f"backbone.pt or classifier, and the --arch it was trained with.") from None
     return origin, net.state_dict()
 
 class Evaluation(Run):
@@ -1799,8 +1801,7 @@ def evaluate(s: Settings, world: World) -> dict:
     return Evaluation(s, world).go()
 
 # ================================ Part IV: other rows of the tables =============================
-# Each class has the interface of what it replaces in Part I: the loop and the evaluation need not
-# know which it is. Augmentation, optimiser and schedule stay Section 4.1's.
+# Each class has the interface of what it replaces in Part I; all else stays Section 4.1's.
 
 # ===== Table 3: parts taken away =====
 
@@ -1943,14 +1944,16 @@ GFLS = Parts(
 
 # ================================ main ================================
 
+@functools.cache
 def helper(name: str):
     """data/NAME.py, which imports this file: demo, drawing and timing are no part of the method."""
+    path = Path(__file__).resolve().with_name("data") / f"{name}.py"
+    if not path.exists():
+        raise Problem(f"{path} is missing; copy the folder data/ along with this file.")
     sys.modules.setdefault("simfle", sys.modules[__name__])  # this very module, not a second one
-    sys.path.insert(0, str(Path(__file__).resolve().with_name("data")))
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise Problem(f"{error} in {sys.path[0]}; copy that folder along with this file.") from None
+    spec = importlib.util.spec_from_file_location(f"simfle_{name}", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
 
 def run(orders: dict) -> None:
     """Decides what to do; the only place that does. Raises Problem."""

@@ -637,22 +637,23 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
         monkeypatch.setattr(S, table, S.Parts(getattr(S, table)))
     code = re.search(r"```python\nimport simfle\n(.*?)```", (HERE / "README.md").read_text(),
                      re.DOTALL)[1]
-    assert sum(bool(line.strip()) for line in code.split("\n")) <= 5
+    assert sum(bool(line.strip()) for line in code.split("\n")) <= 5 and "__main__" in code
     tiny = ["--steps", "1", *TINY]
     code = code.replace('"--data", "toy"', '"--data", data, *tiny')
     monkeypatch.chdir(tmp_path)
-    exec(code, dict(simfle=S, MyResNet=lambda: (made.append("resnet"), S.small_resnet(8))[1],
+    exec(code, dict(__name__="__main__", simfle=S,
+                    MyResNet=lambda: (made.append("resnet"), S.small_resnet(8))[1],
                     MyGFL=MyGFL, MyMasking=MyMasking, tiny=tiny, data=str(toy)))
     assert {"resnet", "gfl", "masking"} == set(made)
     assert Path("runs/faces/backbone.pt").exists()
     del S.RESNETS["mine"]  # as in the plain program
     for mode in ("--eval", "--figures"):
         told = complaint(["--data", toy, mode], tmp_path, monkeypatch, capsys)
-        assert "no part mine here, only small, resnet101" in told
+        assert "no part mine in this script, only small, resnet101" in told
     S.RESNETS["mine"] = lambda: S.small_resnet(8)
     for table in (S.MASKINGS, S.GFLS):
         del table["mine"]
-        assert "no part mine here" in complaint(["--data", toy, "--figures"], tmp_path, monkeypatch,
+        assert "no part mine in" in complaint(["--data", toy, "--figures"], tmp_path, monkeypatch,
                                                 capsys)
 
 
@@ -917,6 +918,8 @@ def test_training_logs_checkpoints_and_goes_on_bit_exactly(toy, tmp_path, monkey
     assert in_process(*args, "--name", "parts", "--workers", "0", cwd=tmp_path,
                       monkeypatch=monkeypatch) == 0
     assert "goes on after step 5" in capsys.readouterr().out
+    again = [a if a != toy else f"{toy.parent}/./{toy.name}/" for a in args]  # the same folder
+    assert in_process(*again, "--name", "parts", cwd=tmp_path, monkeypatch=monkeypatch) == 0
     whole, parts = tmp_path / "runs/whole", tmp_path / "runs/parts"
     assert same_state(whole, parts)
     assert records(whole)[1:] == records(parts)[1:]
@@ -1566,9 +1569,9 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--no-such-option"], "unrecognized arguments"),
     (["--epochs", "many"], "invalid int value"),
     (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
-    (["--arch", "vgg"], "no part vgg here, only small, resnet101"),
-    (["--gfl", "dino"], "no part dino here, only byol"),
-    (["--ffl", "none", "--gfl", "moco", "--ffl", "some"], "no part some here, only semantic"),
+    (["--arch", "vgg"], "--arch: invalid choice: 'vgg'"),
+    (["--gfl", "dino"], "--gfl: invalid choice: 'dino'"),
+    (["--ffl", "some"], "--ffl: invalid choice: 'some'"),
     (["--patch", "5", "--preset", "laptop"], "patches of 5 do not divide an image of 28 pixels"),
     (["--groups", "30", "--batch-size", "8"], "30 channel groups do not divide 256 channels"),
     (["--batch-size", "0"], "--batch-size must be above 0"),
@@ -1586,6 +1589,7 @@ def complaint(args, cwd, monkeypatch, capsys):
     (["--benchmark", "--eval"], "--benchmark is for pre-training"),
     (["--labels", "0.1", "--eval"], "--labels is for --eval semi"),
     (["--name", "../up"], "one folder's name"),
+    (["--data", ""], "there is no dataset"),
     (["--name", ".."], "one folder's name"),
     (["--ffl", "none", "--connection", "direct"], "nothing to connect"),
 ])
@@ -2110,11 +2114,12 @@ def test_figures_take_the_runs_own_classifier_of_this_data_and_linear_first(tmp_
     monkeypatch.chdir(tmp_path)
     for tag, data, protocol, init in (
             ("semi-1-a", "a", "semi", ""), ("linear-b", "b", "linear", ""),
-            ("linear-a-x", "a", "linear", "elsewhere/x.pt"), ("linear-a", "a", "linear", "")):
+            ("linear-a-oversample", "a", "linear", ""), ("linear-a", "a", "linear", ""),
+            ("linear-a-x", "a", "linear", "elsewhere/x.pt")):
         text(tmp_path / f"runs/r/eval-{tag}.json", json.dumps(dict(settings=dict(
             data=data, eval=protocol, init=init))))
     s, folder = S.Settings(data="a", name="r"), Path("runs/r")
-    for tag in ("linear-a", "semi-1-a", "linear-b"):
+    for tag in ("linear-a", "linear-a-oversample", "semi-1-a", "linear-b"):
         assert D.find_classifier(s, "r") == folder / f"{tag}.pt"
         (folder / f"eval-{tag}.json").unlink()
     assert D.find_classifier(s, "r") is None
@@ -2223,8 +2228,10 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert untrained.size == own.size and not same_picture(untrained.crop(box), own.crop(box))
     for i in range(3):
         put(trained / f"mine/deep/{i}.png", (40, 30))
+    before = (folder / "masks.png").read_bytes()
     assert in_process("--data", "mine", "--name", "colours", "--figures", cwd=trained,
                       monkeypatch=monkeypatch) == 0
+    assert (folder / "masks.png").read_bytes() == before and (folder / "masks-mine.png").exists()
     assert "colours" in complaint(["--data", "mine", "--figures"], trained, monkeypatch, capsys)
     missing = complaint(["--data", "colours", "--figures", "--init", "no.pt"], trained, monkeypatch,
                         capsys)
@@ -2477,7 +2484,7 @@ def test_sigterm_in_the_last_step_of_a_run_stops_what_would_follow_it(trained, m
     monkeypatch.setattr(S.Evaluation, "step", steps)
     for path in (trained / "runs/colours").glob("*linear-colours*"):
         path.unlink()
-    args = ["--data", "colours", *EVAL, "--eval", "finetune", "--batch-size", "30", "--seed", "5"]
+    args = ["--data", "colours", *EVAL, "--eval", "finetune", "--batch-size", "30", "--fresh"]
     monkeypatch.setitem(S.PROTOCOLS["laptop"]["linear"], "epochs", 1)
     assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 143
     assert (trained / "runs/colours/linear-colours.pt").exists()
@@ -3016,10 +3023,8 @@ def test_ferplus_is_normalised_by_its_own_colours_all_else_by_affectnets(tmp_pat
 
 def test_without_the_folder_data_what_needs_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(S, "__file__", str(tmp_path / "simfle.py"))
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.delitem(sys.modules, "draw")
-    with pytest.raises(S.Problem, match="No module named 'draw' in .*data; copy that folder along"):
-        S.helper("draw")
+    with pytest.raises(S.Problem, match="data/absent.py is missing; copy the folder data/"):
+        S.helper("absent")
 
 
 def test_the_readme_names_every_departure_and_only_packages_that_are_required():

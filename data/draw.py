@@ -204,7 +204,7 @@ def find_classifier(s: simfle.Settings, name: str) -> Path | None:
         made = json.loads(path.read_bytes())["settings"]
         if Path(made["init"] or path).resolve().parent == path.parent.resolve():  # no other net's
             found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
-                          path.name, path.with_name(path.stem.removeprefix("eval-") + ".pt")))
+                          path.stem, path.with_name(path.stem.removeprefix("eval-") + ".pt")))
     return min(found, default=[None])[-1]
 
 
@@ -316,6 +316,9 @@ def draw_figures(s: simfle.Settings) -> None:
             with contextlib.suppress(ValueError):  # the run may be writing its last line
                 records.append(json.loads(line))
         state, suffix = f"epoch {max(r.get('epoch', 0) for r in records)}", ""
+    data = Path(s.data).resolve().name
+    if data != own.get("data_name", data):  # pictures of other data beside the run's own
+        suffix += f"-{data}"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, picture in figures_of(s, folder, own, records):
         if picture is not None:
