@@ -716,9 +716,8 @@ PROTOCOLS = {"paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weigh
              "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1, weight_decay=0.0),
                         "semi": dict(epochs=20, batch_size=64, lr=0.025, weight_decay=1e-4),
                         "finetune": dict(epochs=10, batch_size=64, lr=0.0005, weight_decay=1e-4)}}
-# What may differ between a checkpoint and the run that goes on from it.
 FREE = {"fresh", "data", "name", "workers", "log_every", "save_every", "compile", "figures",
-        "compare", "benchmark"}  # data may have moved: its list of pictures must be equal
+        "compare", "benchmark"}  # may differ when a run goes on; data: but not its list of pictures
 RANGES = {  # of numbers; those that are not here may be anything
     "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size queue groups "
                                  "patch temperature log_every"),
@@ -1473,8 +1472,7 @@ class Run:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if hasattr(self.model, "update"):
-            self.model.update()
+        getattr(self.model, "update", lambda: None)()  # of the target; a classifier has none
         return values
 
     def check_pictures(self, faces: Faces, batch: dict[str, Tensor], unreadable: float) -> None:
@@ -1996,4 +1994,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()  # a group that a failure left open may abort at Python's own exit
+    (os._exit if code and dist.is_initialized() else sys.exit)(code)
