@@ -107,6 +107,19 @@ def full_precision(x: Tensor):
     scores would be equal, and which patch is masked an accident."""
     return torch.autocast(x.device.type, enabled=False)
 
+def promote(x: Tensor) -> Tensor:
+    """x in fp32 if it is bf16 or half; fp32 and float64 as they are. (ours)"""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def unit(x: Tensor, dim: int, floor: float = 0.1) -> Tensor:
+    """x at unit length along `dim`, exactly; a zero vector stays zero. (ours)
+
+    The gradient of a direction is proportional to 1/‖x‖, so a few vectors that are almost zero
+    would outweigh all others. In the gradient alone, a norm below `floor` counts as `floor`."""
+    u = F.normalize(x, dim=dim)
+    share = x.detach().norm(dim=dim, keepdim=True) / floor  # of the gradient that passes
+    return torch.lerp(u.detach(), u, share.clamp(max=1))
+
 class Backbone(nn.Module):
     """A torchvision ResNet that gives its last feature map and the map's mean. (Sec. 3, Fig. 2)
 
@@ -157,26 +170,30 @@ def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
         L_s.backward()
     """
     with full_precision(p):
-        return (2 - 2 * F.cosine_similarity(p.float(), z.float(), dim=1)).mean()
+        return (2 - 2 * F.cosine_similarity(promote(p), promote(z), dim=1)).mean()
 
 def spread(z: Tensor) -> Tensor:
     """How much projections z (B, 256) at unit length deviate over the batch, (): the mean of their
     dimensions, 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
     with full_precision(z):
-        return F.normalize(z.float(), dim=1).std(dim=0).mean()
+        return F.normalize(promote(z), dim=1).std(dim=0).mean()
 
 @torch.no_grad()
 def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """ρ ← τ ρ + (1 − τ) θ, over all parameters in one fused call. (Sec. 3.1)
 
-    target, online: modules of the same shape, in fp32: with τ = 0.99 a step moves ρ by a hundredth
-    of the difference, which bf16 would often round to nothing. Buffers stay (see `BYOL`).
+    target, online: modules of the same shape. Buffers stay (see `BYOL`). Raises ValueError for
+    weights in bf16 or half: with τ = 0.99 a step moves ρ by a hundredth of the difference, which
+    their few digits would often round to nothing.
 
         online = mlp(2048)
         target = copy.deepcopy(online).requires_grad_(False)
         ema_update(target, online, tau=0.99)
     """
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - tau)
+    weights = list(target.parameters())
+    if any(w.dtype in (torch.bfloat16, torch.half) for w in weights):
+        raise ValueError("an EMA needs weights in fp32: keep the model in fp32, under torch.autocast")
+    torch._foreach_lerp_(weights, list(online.parameters()), 1 - tau)
 
 class Stream(nn.Module):
     """f_ρ, or f_θ without its predictor: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
@@ -250,8 +267,6 @@ class BYOL(nn.Module):
 #
 # and Uᵀ U is just the sum of the groups' U_gᵀ U_g.
 
-NORM_EPS = 1e-6  # smaller norms count as this: a channel that is 0 everywhere stays 0
-
 class ChannelGrouping(nn.Module):
     """Mixes c′ channels into c′ channels that lie in groups. (Sec. 3.2)
 
@@ -274,7 +289,7 @@ class ChannelGrouping(nn.Module):
 
     def forward(self, X: Tensor) -> Tensor:
         with full_precision(X):
-            return F.relu(self.norm(self.conv(X.float())))
+            return F.relu(self.norm(self.conv(X.to(self.conv.weight.dtype))))
 
 def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """The two sums of Eq. 2: of D(C_i, C_j)² over pairs in different groups, and in one group.
@@ -286,25 +301,23 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     group D² is 1 four times; in the second 1, ½, ½, 1: 7 in all. Between the groups D² is 0, ½, 0,
     ½, each twice: 2. By the identity: Uᵀ U = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7."""
     with full_precision(C):
-        U = rearrange(C.float(), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
-        U = F.normalize(U, dim=3, eps=NORM_EPS)
+        U = rearrange(promote(C), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
+        U = unit(U, dim=3)
         gram = torch.einsum("bgkp,bgkq->bgpq", U, U)  # (B, 32, 16, 16): U_gᵀ U_g
         within = gram.square().sum(dim=(1, 2, 3))
         all_pairs = gram.sum(dim=1).square().sum(dim=(1, 2))
     return all_pairs - within, within
 
-def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> tuple[Tensor, ...]:
+def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of a group alike, of different groups unlike. (Sec. 3.2, Eq. 2)
 
-    C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′,
-    averaged over the batch; and mean D² between and within groups, () each, without gradient. In
-    the example of `pair_sums` (2 − 7)/4 = −1.25, 2/8 and 7/8. Departure 2 is the division: without
-    it the first gradient has norm 10⁴ at β = 0.03, and all diverges; with c′², nothing is learnt.
+    C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′
+    (departure 2), averaged over the batch; and mean D² of two channels of different groups and of
+    one group, () each, without gradient. In the example of `pair_sums`: (2 − 7)/4 = −1.25, 2/8 and
+    3/4, since a channel's pair with itself does not count as a pair here.
 
-    `balanced` (ours) is mean D² between less mean D² within. Eq. 2 weighs all pairs alike, and a
-    channel has 63 partners but 1,984 strangers, so that it mostly makes channels unlike: in 400
-    steps on frozen features mean D² went from 0.151 to 0.074 between groups and from 0.165 to 0.145
-    within them; balanced, to 0.13 and to 0.98.
+    Eq. 2 weighs all pairs alike, and a channel has 63 partners but 1,984 strangers, so that it
+    mostly makes channels unlike.
 
         C = torch.rand(2, 2048, 4, 4, requires_grad=True)
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
@@ -312,11 +325,12 @@ def grouping_loss(C: Tensor, groups: int, balanced: bool = False) -> tuple[Tenso
     """
     between, within = pair_sums(C, groups)
     channels = C.shape[1]
-    inside = channels * (channels // groups)  # pairs in one group: 2048 · 64
-    D2_between = between.mean() / max(1, channels**2 - inside)
-    D2_within = within.mean() / inside
-    L_g = D2_between - D2_within if balanced else (between - within).mean() / channels
-    return L_g, D2_between.detach(), D2_within.detach()
+    inside = channels * (channels // groups - 1)  # pairs of two in one group: 2048 · 63
+    outside = channels * (channels - channels // groups)
+    itself = C.detach().flatten(2).any(dim=2).sum(dim=1)  # D(C_i, C_i)² is 1, or 0 if C_i is 0
+    D2_between = between.detach().mean() / max(1, outside)
+    D2_within = (within.detach() - itself).mean() / max(1, inside)
+    return (between - within).mean() / channels, D2_between, D2_within
 
 # ===== 3.2 Semantic masking =====
 # MAE masks patches at random. Here a channel group decides: its 64 channels are summed to one score
@@ -348,7 +362,7 @@ class SemanticMasking(nn.Module):
     def scores(self, C: Tensor, group: Tensor) -> Tensor:
         """a_i of Eq. 3 for the given group of each image, (B,) -> (B, 49)."""
         with full_precision(C):
-            per_group = rearrange(C.float(), "b (g k) h w -> b g k h w", g=self.groups).sum(dim=2)
+            per_group = rearrange(promote(C), "b (g k) h w -> b g k h w", g=self.groups).sum(dim=2)
             image = torch.arange(len(C), device=C.device)
             score_map = per_group[image, group]  # (B, 4, 4): X_g̃, the channel-wise sum
             # The paper says "upsampled"; bilinear is the authors'. Then Eq. 3 is average pooling.
@@ -393,8 +407,6 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # hard mask: the "error" of a kept patch, which L_r never scores, means nothing; let in, the mask
 # feeds on itself. (Departure 1.)
 
-SCORE_EPS = 1e-6  # keeps the scores of a constant map finite: all 0, in place of 0/0
-
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Tensor:
     """A zero whose gradient raises the scores of patches that are hard to reconstruct. (Sec. 3.2)
 
@@ -408,8 +420,9 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
         refinement_term(a, mask, error, kappa=4.0).backward()
     """
     with full_precision(a):
-        a, error = a.float(), error.detach().float()
-        r = (a - a.mean(dim=1, keepdim=True)) / (a.std(dim=1, keepdim=True) + SCORE_EPS)
+        a, error = promote(a), promote(error.detach())
+        # The deviation of N_p numbers is the norm of their differences to the mean / √(N_p − 1).
+        r = unit(a - a.mean(dim=1, keepdim=True), dim=1) * math.sqrt(a.shape[1] - 1)
         r_thr = r.detach().masked_fill(mask.bool(), math.inf).amin(dim=1, keepdim=True)
         soft = torch.sigmoid(r_thr - r)
         N_m = mask.sum(dim=1, keepdim=True)
@@ -443,14 +456,15 @@ class Block(nn.Module):
 def sincos_positions(grid: int, width: int) -> Tensor:
     """Fixed 2-D positions: (1, 1 + grid², width), zeros for the class token. (Sec. 4.1, MAE)
 
-    Half of the numbers tell the row, half the column, each as sines and cosines of the coordinate
-    at width/4 frequencies from 1 down to almost 1/10,000. 4 must divide width."""
+    The first half of the numbers tells the column, the second the row, as in MAE; each as sines,
+    then cosines of the coordinate at width/4 frequencies from 1 down to almost 1/10,000. 4 must
+    divide width."""
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (7, 192)
     line = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (7, 384)
     row = line[:, None].expand(-1, grid, -1)
     column = line[None].expand(grid, -1, -1)
-    patches = rearrange(torch.cat([row, column], dim=2), "h w d -> (h w) d")
+    patches = rearrange(torch.cat([column, row], dim=2), "h w d -> (h w) d")
     return torch.cat([torch.zeros(1, width), patches])[None]
 
 class MaskedAutoencoder(nn.Module):
@@ -512,15 +526,15 @@ class MaskedAutoencoder(nn.Module):
 
         What is left is pattern and hue: otherwise light and contrast decide what is hard."""
         if not self.norm_pix:
-            return patches.float()
-        var, mean = torch.var_mean(patches.float(), dim=2, keepdim=True)
-        return (patches.float() - mean) / (var + PIXEL_EPS).sqrt()
+            return promote(patches)
+        var, mean = torch.var_mean(promote(patches), dim=2, keepdim=True)
+        return (promote(patches) - mean) / (var + PIXEL_EPS).sqrt()
 
     def forward(self, I: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         patches = self.patchify(I)
         tokens = self.encode(patches, keep)
         guess = self.decode(tokens, keep)
-        error = (guess.float() - self.target(patches)).square().mean(dim=2)  # (B, 49)
+        error = (promote(guess) - self.target(patches)).square().mean(dim=2)  # (B, 49)
         return error, tokens[:, 1:]
 
 class FaceMAE(nn.Module):
@@ -535,22 +549,23 @@ class FaceMAE(nn.Module):
         L_r, tokens, L_g, D2_between, D2_within = ffl(X, I)
     """
     def __init__(self, channels: int = 2048, groups: int = 32, ratio: float = 0.75,
-                 kappa: float = 4.0, balanced: bool = False, image_size: int = 112,
-                 patch: int = 16, **autoencoder):
+                 kappa: float = 0.03, image_size: int = 112, patch: int = 16, **autoencoder):
         super().__init__()
-        self.groups, self.kappa, self.balanced = groups, kappa, balanced
+        self.groups, self.kappa = groups, kappa
         self.grouping = ChannelGrouping(channels, groups)
         self.masking = SemanticMasking(groups, image_size, patch, ratio)
         self.mae = MaskedAutoencoder(image_size, patch, **autoencoder)
 
     def forward(self, X: Tensor, I: Tensor, u: Tensor | None = None):
         C = self.grouping(X)
-        L_g, D2_between, D2_within = grouping_loss(C, self.groups, self.balanced)
+        L_g, D2_between, D2_within = grouping_loss(C, self.groups)
         a, keep, mask = self.masking(C, u)
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        L_r = L_r + refinement_term(a, mask, error, self.kappa)
+        # L_g and the refinement both train the grouping layer. The gradient of L_g grows with the
+        # number of channels c′, that of the refinement does not: so it is multiplied by c′.
+        L_r = L_r + refinement_term(a, mask, error, self.kappa * C.shape[1])
         return L_r, tokens, L_g, D2_between, D2_within
 
 # ===== 3.3 Connecting two branches =====
@@ -575,7 +590,7 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
         L_d.backward()
     """
     with full_precision(zs[0]):
-        zs = [z.float() for z in zs]
+        zs = [promote(z) for z in zs]
         teacher = F.log_softmax(torch.stack(zs).mean(dim=0).detach() / t, dim=1)
         return t**2 * sum(F.kl_div(F.log_softmax(z / t, dim=1), teacher, log_target=True,
                                    reduction="batchmean") for z in zs)
@@ -679,9 +694,8 @@ class Settings:
     tau: float = setting(0.99, "inertia of the target (authors); MoCo in preset paper: 0.999")
     queue: int = setting(65_536, "keys that MoCo remembers (its paper)")
     groups: int = setting(32, "channel groups N_g (4.1)")
-    grouping: str = setting("paper", "Eq. 2 as in the paper, or balanced: per pair (ours)")
     mask_ratio: float = setting(0.75, "share of the patches that is masked (4.1)")
-    mask_gradient: float = setting(4.0, "strength of the masking's refinement; 0: none (ours)")
+    mask_gradient: float = setting(0.03, "refinement of the masking, per channel; 0: none (ours)")
     patch: int = setting(16, "pixels a side of a patch (4.1)")
     vit: str = setting("base", "the autoencoder: base as in MAE (4.1), or tiny (ours)")
     norm_pix: bool = setting(True, "normalise the autoencoder's pixels patch by patch (MAE)")
@@ -751,8 +765,7 @@ def read_orders(argv: list[str] | None = None) -> dict:
         "facial expression recognition. Defaults in brackets: the paper's pre-training.")
     parser.error = complain
     choices = dict(preset=PRESETS, arch=RESNETS, gfl=GFLS, ffl=(*MASKINGS, "none"), vit=VITS,
-                   connection=("distil", "direct"), grouping=("paper", "balanced"),
-                   eval=PROTOCOLS["paper"])
+                   connection=("distil", "direct"), eval=PROTOCOLS["paper"])
     for f in fields(Settings):
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else
                 dict(nargs="+") if f.default == () else
@@ -833,8 +846,8 @@ def build_model(s: Settings, world=None) -> nn.Module:
         if s.ffl == "none":
             return GFLAlone(gfl)
         ffl = FaceMAE(backbone.channels, groups=s.groups, ratio=s.mask_ratio,
-                      kappa=s.mask_gradient, balanced=s.grouping == "balanced",
-                      image_size=s.ffl_size, patch=s.patch, norm_pix=s.norm_pix, **VITS[s.vit])
+                      kappa=s.mask_gradient, image_size=s.ffl_size, patch=s.patch,
+                      norm_pix=s.norm_pix, **VITS[s.vit])
     except ValueError as error:
         raise Problem(f"{error}; change --groups, --patch or --ffl-size.") from None
     ffl.masking = MASKINGS[s.ffl](s.groups, s.ffl_size, s.patch, s.mask_ratio)  # or one's own
@@ -1609,10 +1622,16 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     return sorted(chosen)
 
 class Head(nn.Linear):
-    """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)"""
+    """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)
+
+    Its weights start at N(0, 0.01), its bias at 0, as the authors' do."""
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         with full_precision(x):
-            return super().forward(x.float())
+            return super().forward(x.to(self.weight.dtype))
 
 def run_settings(name: str, needed: bool = False) -> dict:
     """A run's settings and `data_name`; {} where there is no such run. Raises Problem if needed."""
@@ -1674,7 +1693,7 @@ class Evaluation(Run):
     eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B)"""
     shown, partial = ("loss", "accuracy"), True
     ignored = frozenset(
-        "ffl_size hidden outputs gfl ffl connection queue tau groups grouping mask_ratio "
+        "ffl_size hidden outputs gfl ffl connection queue tau groups mask_ratio "
         "mask_gradient patch vit norm_pix alpha beta temperature sync_bn".split())
 
     def __init__(self, s: Settings, world: World):
@@ -1891,9 +1910,9 @@ class MoCo(nn.Module):
             W, r, B = self.world.size, self.world.rank, len(v1)
             mixed = self.target(gather(self.world, v2)[r::W])[0]
             keys = rearrange(gather(self.world, mixed), "(w b) d -> (b w) d", w=W)  # (W·B, 128)
-            self.keys = F.normalize(keys.float(), dim=1)  # see `update`
+            self.keys = F.normalize(promote(keys), dim=1)  # see `update`
         with full_precision(z1):
-            q, k = F.normalize(z1.float(), dim=1), self.keys[r * B:][:B]
+            q, k = F.normalize(promote(z1), dim=1), self.keys[r * B:][:B]
             positive, empty = (q * k).sum(dim=1, keepdim=True), (self.queue == 0).all(dim=1)
             negative = (q @ self.queue.T).masked_fill(empty, -math.inf)  # (B, 65536)
             logits = torch.cat([positive, negative], dim=1) / self.t
@@ -1927,7 +1946,7 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
     """SimCLR's loss, (): every view must find its other one among all 2B − 1, averaged over the 2B
     views. z1, z2: (B, 128), row i of both of one face. (Table 4)"""
     with full_precision(z1):
-        z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+        z = F.normalize(promote(torch.cat([z1, z2])), dim=1)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         other = torch.arange(len(z), device=z.device).roll(len(z1))
         return F.cross_entropy((z @ z.T / t).masked_fill(itself, -math.inf), other)
