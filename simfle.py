@@ -192,7 +192,7 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """
     weights = list(target.parameters())
     if any(w.dtype in (torch.bfloat16, torch.half) for w in weights):
-        raise ValueError("an EMA needs weights in fp32: keep the model in fp32, under torch.autocast")
+        raise ValueError("an EMA needs weights in fp32: keep them so, and use torch.autocast")
     torch._foreach_lerp_(weights, list(online.parameters()), 1 - tau)
 
 class Stream(nn.Module):
@@ -563,8 +563,9 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        # L_g and the refinement both train the grouping layer. The gradient of L_g grows with the
-        # number of channels c′, that of the refinement does not: so it is multiplied by c′.
+        # L_g and the refinement both train the grouping layer, and neither may drown the other. The
+        # gradient of L_g grows with the number of channels c′, that of the refinement does not. So
+        # the refinement is multiplied by c′, and one κ serves nets of every width.
         L_r = L_r + refinement_term(a, mask, error, self.kappa * C.shape[1])
         return L_r, tokens, L_g, D2_between, D2_within
 
@@ -673,7 +674,7 @@ class Settings:
     preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)")
     fresh: bool = setting(False, "start over, even where runs/NAME has a checkpoint (ours)")
     # Length and rate
-    epochs: int = setting(100, "passes over the pictures (4.1)")
+    epochs: int = setting(100, "passes over the pictures (4.1); 0: linear, converged (ours)")
     steps: int = setting(0, "steps in place of epochs; 0: epochs decide (ours)")
     batch_size: int = setting(256, "images a step, over all processes (4.1)")
     lr: float = setting(0.05, "learning rate per 256 images of a step (4.1)")
@@ -727,16 +728,17 @@ VITS = {"base": {}, "tiny": dict(  # base: `MaskedAutoencoder` as it stands
 PROTOCOLS = {"paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
                        "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
                        "finetune": dict(epochs=100, batch_size=512, lr=0.0005, weight_decay=1e-4)},
-             "laptop": {"linear": dict(epochs=10, batch_size=256, lr=0.1, weight_decay=0.0),
+             "laptop": {"linear": dict(epochs=0, batch_size=256, lr=0.1, weight_decay=0.0),
                         "semi": dict(epochs=20, batch_size=64, lr=0.025, weight_decay=1e-4),
                         "finetune": dict(epochs=10, batch_size=64, lr=0.0005, weight_decay=1e-4)}}
 FREE = {"fresh", "data", "name", "workers", "log_every", "save_every", "compile", "figures",
         "compare", "benchmark"}  # may differ when a run goes on; data: but not its list of pictures
 RANGES = {  # of numbers; those that are not here may be anything
-    "above 0": (lambda v: v > 0, "epochs batch_size lr view_size ffl_size queue groups "
+    "above 0": (lambda v: v > 0, "batch_size lr view_size ffl_size queue groups "
                                  "patch temperature log_every"),
     "8 or more": (lambda v: v >= 8, "hidden outputs"),  # GFLS divides them by up to 8
-    "from 0": (lambda v: v >= 0, "steps save_every momentum weight_decay mask_gradient alpha beta"),
+    "from 0": (lambda v: v >= 0, "epochs steps save_every momentum weight_decay mask_gradient "
+                                 "alpha beta"),
     "above 0 and up to 1": (lambda v: 0 < v <= 1, "crop_min labels"),
     "between 0 and 1": (lambda v: 0 < v < 1, "mask_ratio"),
     "from 0 to 1": (lambda v: 0 <= v <= 1, "tau")}
@@ -808,6 +810,8 @@ def checked(s: Settings) -> Settings:
             ("sync_bn", "pre-training", trains), ("benchmark", "pre-training", trains)):
         if getattr(s, name) != getattr(Settings, name) and not there:
             raise Problem(f"--{name.replace('_', '-')} is for {where}: give it there only.")
+    if not s.epochs and not s.steps and s.eval != "linear" and not s.figures:
+        raise Problem("--epochs 0 is for --eval linear; give 1 or more.")
     if s.eval and s.figures:
         raise Problem("--eval and --figures are two commands: give one, then the other.")
     if Path(s.name).name != s.name or s.name == "..":
@@ -1688,6 +1692,50 @@ def starting_weights(s: Settings, net: nn.Module, classes: list[str]) -> tuple[s
                       f"backbone.pt or classifier, and the --arch it was trained with.") from None
     return origin, net.state_dict()
 
+@torch.enable_grad()
+def converged_head(x: Tensor, y: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Multinomial logistic regression on frozen features, until it has converged. (ours)
+
+    What it finds depends on the features alone, not on a rate or a number of epochs. Features are
+    standardised; L-BFGS minimises mean cross-entropy + λ/2 ‖W‖². λ is the one with the least
+    cross-entropy on a fifth of the images; then all of them are fitted.
+
+    x: (N, c′). y: (N,) labels. mass: (classes,) weight of an image of each class. Returns weights
+    (classes, c′) and bias (classes,), float64, for features as they are; and λ. Raises Problem."""
+    x, mass = x.double(), mass.double()
+    if not x.isfinite().all():
+        raise Problem("the backbone's features are not finite; give one whose training went well.")
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-6)
+    x = F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column of W is the bias
+
+    def loss(W: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(x[rows] @ W.T, y[rows], mass)
+
+    def fit(rows: Tensor, strength: float, start: Tensor) -> Tensor:
+        W = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS([W], max_iter=5000, tolerance_grad=1e-4, tolerance_change=0,
+                                      history_size=20, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(W, rows) + strength / 2 * W[:, :-1].square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        return W.detach()
+
+    order = torch.randperm(len(x), generator=stream_of("held out")).to(x.device)
+    held, rest = order[:len(x) // 5], order[len(x) // 5:]
+    W, least = x.new_zeros(len(mass), x.shape[1]), math.inf
+    for tried in (1, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4):
+        W = fit(rest, tried, W)  # from where the stronger penalty ended
+        if (now := loss(W, held).item()) > least:
+            break
+        strength, least, best = tried, now, W
+    W = fit(order, strength, best)
+    return W[:, :-1] / std, W[:, -1] - W[:, :-1] @ (mean / std), strength
+
 class Evaluation(Run):
     """One protocol on one dataset: leaves a classifier, PROTOCOL-DATA.pt, and its accuracy,
     eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B)"""
@@ -1707,6 +1755,7 @@ class Evaluation(Run):
             chosen = share_of_labels(labels, s.labels, s.seed)
             paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
         mass = 1 / torch.bincount(torch.tensor(labels)).double()  # Table 2: every class alike
+        self.mass = mass if s.oversample else torch.ones_like(mass)
         torch.manual_seed(s.seed)
         net = RESNETS[s.arch]()
         net.fc = Head(net.fc.in_features, len(self.classes))
@@ -1724,12 +1773,13 @@ class Evaluation(Run):
                        if self.frozen and k[:3] != "fc."}
 
     def predict(self, wrapped: nn.Module, x: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, classes). A frozen backbone runs without autograd."""
-        x = normalise(x, self.colours)
-        if self.frozen:
-            with torch.no_grad():
-                x = feature_map(self.model, x).mean(dim=(2, 3))
-        return wrapped(x)
+        """(B, 3, H, W) uint8 -> (B, classes)."""
+        return wrapped(self.features(x) if self.frozen else normalise(x, self.colours))
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, c′), what the frozen backbone makes of it."""
+        return feature_map(self.model, normalise(x, self.colours)).mean(dim=(2, 3))
 
     def losses(self, batch: dict[str, Tensor], place: tuple[int, int]) -> dict[str, Tensor]:
         label, weight, x = batch["label"], batch["weight"], batch["views"][:, 0]
@@ -1748,29 +1798,61 @@ class Evaluation(Run):
         moved = [k for k, v in self.before.items() if not torch.equal(v, now[k])]
         assert not moved, f"a frozen backbone has changed: {moved[:3]}"
 
+    def whole_pictures(self, paths: list[str], labels: list[int], mine: list):
+        """Batches of whole pictures on this process's device: `mine` are keys of `Faces`."""
+        faces = Faces(paths, 0, self.s.view_size, 1, 0, crops=0, labels=labels)
+        size = min(256, self.s.batch_size)
+        for batch in self.loader(faces, [mine[i:i + size] for i in range(0, len(mine), size)]):
+            self.check_pictures(faces, batch, 0)
+            yield {k: v.to(self.world.device) for k, v in batch.items()}
+
+    def take_steps(self) -> None:
+        super().take_steps() if self.batches.total else self.fit_head()
+
+    @torch.no_grad()
+    def fit_head(self) -> None:
+        """In place of the loop: the head by `converged_head`, in process 0, for all."""
+        paths, labels = self.faces.paths, self.faces.labels
+
+        def fit() -> tuple[Tensor, Tensor]:
+            self.log.say(f"{self.folder}: fits a linear head to {len(paths):,} pictures")
+            found = []
+            mine = [(0, i, 1.0) for i in range(len(paths))]
+            for batch in self.whole_pictures(paths, labels, mine):
+                if batch["unreadable"].any():
+                    raise Problem(f"a picture of {self.data} cannot be read; mend or remove it.")
+                with self.mixed_precision():
+                    found.append(self.features(batch["image"]).float())
+            y = torch.tensor(labels, device=self.world.device)
+            W, b, _ = converged_head(torch.cat(found), y, self.mass.to(y.device))
+            return W.cpu(), b.cpu()
+
+        W, b = agree(self.world, fit)
+        self.trained.weight.copy_(W)
+        self.trained.bias.copy_(b)
+
     @torch.no_grad()
     def confusion(self) -> Tensor:
         """(classes, classes): how many test images of class i (row) were taken for class j. Each
         counts once, whatever the number of processes. Raises Problem."""
-        world, K, size = self.world, len(self.classes), min(256, self.s.batch_size)
-        faces = Faces(self.val[0], 0, self.s.view_size, 1, 0, crops=0, labels=self.val[1])
+        world, K, paths = self.world, len(self.classes), self.val[0]
         # Every W-th image is this process's; where there is none, one that weighs nothing.
-        mine = [(0, i, 1.0) for i in range(world.rank, len(faces), world.size)] or [(0, 0, 0.0)]
+        mine = [(0, i, 1.0) for i in range(world.rank, len(paths), world.size)] or [(0, 0, 0.0)]
         counts = torch.zeros(K * K + 1, device=world.device)  # and how many cannot be read
         if world.size > 1:  # one network is tested, the one that is saved: process 0's statistics
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         self.model.eval()
-        for batch in self.loader(faces, [mine[i:i + size] for i in range(0, len(mine), size)]):
-            self.check_pictures(faces, batch, 0)
-            batch = {k: v.to(world.device) for k, v in batch.items()}
+        for batch in self.whole_pictures(*self.val, mine):
             with self.mixed_precision():
                 guess = self.predict(self.trained, batch["image"]).argmax(dim=1)
             pair = (batch["label"] * K + guess).masked_fill(batch["unreadable"], K * K)
             counts += torch.bincount(pair, batch["weight"], K * K + 1)
         if world.size > 1:
             dist.all_reduce(counts)
-        self.check_pictures(faces, batch, counts[-1].item())
+        if counts[-1]:
+            raise Problem(f"{counts[-1].item():.0f} pictures of {self.data} cannot be read, too "
+                          f"many to go on; mend or remove those that are named above.")
         return counts[:-1].long().cpu().reshape(K, K)
 
     def go(self) -> dict:
@@ -1778,7 +1860,8 @@ class Evaluation(Run):
         super().go()
         s, (mean, std), path = self.s, self.colours, self.folder / f"{self.tag}.pt"
         result = summary(self.confusion(), self.classes) | dict(
-            protocol=s.eval, settings=self.settings, reported="last epoch")
+            protocol=s.eval, settings=self.settings,
+            reported="last epoch" if self.batches.total else "converged")
         if self.world.rank == 0:
             saved = dict(model={k: v.cpu() for k, v in self.model.state_dict().items()},
                          classes=self.classes, mean=mean, std=std, arch=s.arch, size=s.view_size,
@@ -1788,8 +1871,8 @@ class Evaluation(Run):
                         lambda file: file.write(json.dumps(result, indent=1).encode()))
             right, wide = result["per_class"], max(map(len, self.classes))
             self.log.say(
-                f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right after "
-                f"the last epoch; mean of the classes {result['mean_accuracy']:.2f} %\n"
+                f"{path}: {result['accuracy']:.2f} % of {result['images']} test images right; "
+                f"mean of the classes {result['mean_accuracy']:.2f} %\n"
                 f"{'':{wide}}    right   taken for: " + "  ".join(f"{k[:8]:>8}" for k in right))
             for (name, share), row in zip(right.items(), result["confusion"]):
                 row = "  ".join(f"{n:8}" for n in row)

@@ -35,7 +35,7 @@ from torchvision.transforms import functional as TF
 
 import simfle as S
 
-B, D = S.helper("benchmark"), S.helper("draw")
+B, D, P = S.helper("benchmark"), S.helper("draw"), S.helper("probe")
 
 HERE = Path(__file__).resolve().parent
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
@@ -1306,6 +1306,112 @@ def test_linear_evaluation_trains_the_head_alone_and_tells_all(trained, monkeypa
             row[net(x[None]).argmax().item()] += 1
         wrong += row != got["confusion"][label]
     assert not wrong
+
+
+def test_the_converged_head_is_the_minimum_and_takes_features_as_they_are():
+    """By an oracle: at the minimum of a convex function the gradient is 0."""
+    y = torch.arange(200) % 3
+    x = seeded(200, 6) + 2 * F.one_hot(y, 6)
+    x = x * torch.logspace(-3, 3, 6) + 50 * torch.logspace(-3, 3, 6)  # any scale, any offset
+    x[:, 5] = 7.0  # a dead feature
+    mass = torch.tensor([1.0, 2.0, 0.5])
+    weight, bias, strength = S.converged_head(x, y, mass)
+    assert (weight @ x.double().T).T.add(bias).argmax(1).eq(y).float().mean() > 0.8
+    mean, std = x.double().mean(0), x.double().std(0).clamp(min=1e-6)
+    W = (weight * std).requires_grad_()
+    b = (bias + weight @ mean).requires_grad_()
+    logits = ((x.double() - mean) / std) @ W.T + b
+    loss = sum(mass[k].double() * -logits[i].log_softmax(0)[k] for i, k in enumerate(y.tolist()))
+    loss = loss / mass[y].sum() + strength / 2 * W.square().sum()
+    gradients = torch.autograd.grad(loss, (W, b))
+    assert max(g.abs().max() for g in gradients) < 2e-4
+    torch.testing.assert_close(S.converged_head(x * 5 - 3, y, mass)[0], weight / 5, rtol=0.02,
+                               atol=0.02 * weight.abs().max().item())
+
+
+def test_the_strength_of_the_penalty_grows_with_the_noise():
+    y = torch.arange(300) % 2
+    noise, signal = seeded(300, 40), seeded(300, 40) + 3 * y[:, None]
+    assert S.converged_head(noise, y, torch.ones(2))[2] > S.converged_head(signal, y,
+                                                                           torch.ones(2))[2]
+
+
+def test_the_laptops_linear_evaluation_is_the_converged_one_and_equals_the_probe(
+        trained, monkeypatch, capsys):
+    args = ["--data", "colours", "--eval", *EVAL, "--fresh"]
+    assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 0
+    got = result(trained, "linear-colours")
+    assert got["reported"] == "converged" and got["settings"]["epochs"] == 0
+    saved = torch.load(trained / "runs/colours/linear-colours.pt", weights_only=True)
+    backbone = torch.load(trained / "runs/colours/backbone.pt", weights_only=True)
+    assert all(torch.equal(saved["model"][k], v) for k, v in backbone.items())
+    for init in ([], ["--init", "runs/colours/backbone.pt"], ["--init", "random"]):
+        if init:
+            assert in_process(*args, *init, cwd=trained, monkeypatch=monkeypatch) == 0
+            got = result(trained, f"linear-colours-{Path(init[1]).stem}")
+        capsys.readouterr()
+        assert P.main(["colours", "--workers", "0", *init]) == 0
+        probed = json.loads(capsys.readouterr().out)
+        assert probed["accuracy"] == pytest.approx(got["accuracy"]), init
+        assert probed["mean_accuracy"] == pytest.approx(got["mean_accuracy"]), init
+    told = complaint([*args[:2], *EVAL, "--eval", "semi", "--epochs", "0"], trained, monkeypatch,
+                     capsys)
+    assert "--epochs 0 is for --eval linear" in told
+
+
+def test_oversampling_weighs_the_classes_of_the_converged_head(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(S, "converged_head", lambda x, y, mass: (
+        seen.append(mass), (torch.zeros(3, x.shape[1]), torch.zeros(3), 1.0))[1])
+    for more in ([], ["--oversample"]):
+        in_process("--data", "colours", "--eval", *EVAL, "--fresh", *more, cwd=trained,
+                   monkeypatch=monkeypatch)
+    assert seen[0].tolist() == [1, 1, 1]
+    torch.testing.assert_close(seen[1], 1 / torch.tensor([14.0, 9.0, 7.0]).double())
+
+
+def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monkeypatch, capsys):
+    def probed(*args, code=0):
+        monkeypatch.chdir(trained)
+        assert P.main(["colours", "--workers", "0", *args]) == code
+        out = capsys.readouterr()
+        return out.err if code else json.loads(out.out)
+
+    assert probed("--init", "pixels")["accuracy"] > 90  # the classes differ in colour
+    shapes = []
+    head = S.converged_head
+    monkeypatch.setattr(S, "converged_head", lambda x, *rest: (shapes.append(x), head(x, *rest))[1])
+    for more in (["pixels"], ["random"], ["random", "--seed", "1"], ["random", "--calibrate"]):
+        probed("--init", *more)
+    assert [x.shape for x in shapes] == [(30, 768)] + 3 * [(30, 256)]
+    assert not torch.equal(shapes[1], shapes[2]) and not torch.equal(shapes[1], shapes[3])
+    picture = Image.open(sorted((trained / "colours/train/0_a").iterdir())[0])
+    x = TF.normalize(TF.to_tensor(TF.resize(picture, [16, 16])), S.MEAN, S.STD)
+    torch.testing.assert_close(shapes[0][0].float(), x.flatten(), rtol=1e-5, atol=1e-5)
+    # Pooled features of layer4, in eval mode.
+    net = S.small_resnet()
+    net.load_state_dict(torch.load(trained / "runs/colours/backbone.pt", weights_only=True), False)
+    probed()
+    x = TF.normalize(TF.to_tensor(TF.resize(picture, [32, 32])), S.MEAN, S.STD)
+    net.fc = nn.Identity()
+    torch.testing.assert_close(shapes[-1][0].float(), net.eval()(x[None])[0].detach(), rtol=1e-3,
+                               atol=1e-4)
+
+    measured = probed("--refinement")
+    assert measured.keys() >= {"positions", "within_image", "error_map", "keep_map", "seconds"}
+    assert len(measured["keep_map"]) == 49 and sum(measured["keep_map"]) == pytest.approx(12,
+                                                                                          abs=0.01)
+    assert in_process("--data", "colours", "--name", "alone", *TINY, "--steps", "1", "--ffl", "none",
+                      cwd=trained, monkeypatch=monkeypatch) == 0
+    assert P.main(["alone", "--refinement"]) == 2
+    assert "has no masking to measure" in capsys.readouterr().err
+    (trained / "other.pt").unlink(missing_ok=True)
+    assert "probe: other.pt" in probed("--init", "other.pt", code=2)
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, trained / "other.pt")
+    assert "other.pt is no small" in probed("--init", "other.pt", code=2)
+    assert "there is no dataset nowhere" in probed("--data", "nowhere", code=2)
+    assert P.main(["nobody"]) == 2
+    assert "there is no run nobody" in capsys.readouterr().err
 
 
 def records_of(cwd, name, run="colours"):

@@ -6,11 +6,9 @@
     python data/probe.py RUN --init FILE         the same of a backbone.pt or of a classifier
     python data/probe.py RUN --refinement        whether RUN's masking keeps what is hard to guess
 
-The probe is multinomial logistic regression. It sees whole pictures, without augmentation, through
-the frozen backbone in eval mode. Its features are standardised by the training set. L-BFGS fits it
-until it has converged. A fifth of the training set chooses its L2 strength, and the fit is then
-repeated on the whole. So its result depends on the features alone, not on a learning rate or a
-number of epochs. It reads train/CLASS/ and val/CLASS/ of --data, by default of the run's data.
+The probe is multinomial logistic regression (`simfle.converged_head`). It sees whole pictures,
+without augmentation, through the frozen backbone in eval mode. It reads train/CLASS/ and val/CLASS/
+of --data, by default of the run's data. Everything is printed as one line of JSON.
 """
 
 import argparse
@@ -21,15 +19,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import simfle
-
-STRENGTHS = [10.0**k for k in range(-5, 2)]  # of the L2 penalty, tried in this order
-MOST_STEPS = 2000  # of L-BFGS: a fit that needs more is reported
 
 
 def whole_pictures(paths: list[str], labels: list[int], size: int, workers: int) -> DataLoader:
@@ -42,14 +36,14 @@ def whole_pictures(paths: list[str], labels: list[int], size: int, workers: int)
 
 @torch.no_grad()
 def features(net: nn.Module, pictures: DataLoader, colours) -> tuple[Tensor, Tensor]:
-    """What `net` makes of pictures: (N, features) float64, and their labels (N,). Raises
+    """What `net` makes of pictures: (N, features) and their labels (N,), on the CPU. Raises
     Problem for a picture that cannot be read."""
     device = next(net.parameters(), torch.empty(0)).device
     xs, ys = [], []
     for batch in pictures:
         for i in batch["index"][batch["unreadable"]].tolist():
             raise simfle.Problem(f"{pictures.dataset.paths[i]} cannot be read; mend or remove it.")
-        xs.append(net(simfle.normalise(batch["image"].to(device), colours)).double().cpu())
+        xs.append(net(simfle.normalise(batch["image"].to(device), colours)).cpu())
         ys.append(batch["label"])
     return torch.cat(xs), torch.cat(ys)
 
@@ -64,94 +58,52 @@ class Pooled(nn.Module):
         return self.backbone(x)[1]
 
 
-def load_net(init: str, s: simfle.Settings, pictures: DataLoader, colours) -> nn.Module:
+def load_net(init: str, s: simfle.Settings, pictures: DataLoader, colours, calibrate: bool):
     """The net whose features are probed, in eval mode. Raises Problem.
 
-    An untrained net takes its BatchNorm statistics from `pictures`. With those that it starts with
-    (mean 0, variance 1) nothing would be normalised in it."""
+    An untrained net has the BatchNorm statistics that it starts with, mean 0 and variance 1, as it
+    has in `simfle.py --eval --init random`; with `calibrate`, those of `pictures`."""
     if init == "pixels":
         return nn.Flatten()
     torch.manual_seed(s.seed)
     net = Pooled(simfle.RESNETS[s.arch]())
     net.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
-    if init == "random":
+    if init != "random":
+        path = Path(init or Path("runs", s.name, "backbone.pt"))
+        saved = simfle.load_file(path)
+        state = {k: v for k, v in saved.get("model", saved).items() if not k.startswith("fc.")}
+        try:
+            net.backbone.resnet.load_state_dict(state)
+        except RuntimeError as error:
+            raise simfle.Problem(f"{path} is no {s.arch} ({' '.join(str(error).split())[:150]}); "
+                                 f"give a backbone.pt or a classifier of that net.") from None
+    elif calibrate:
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # the mean over all batches, not a moving average
         features(net.train(), pictures, colours)
-        return net.eval()
-    path = Path(init or Path("runs", s.name, "backbone.pt"))
-    saved = simfle.load_file(path)
-    state = {k: v for k, v in saved.get("model", saved).items() if not k.startswith("fc.")}
-    try:
-        net.backbone.resnet.load_state_dict(state)
-    except RuntimeError as error:
-        raise simfle.Problem(f"{path} is no {s.arch} ({' '.join(str(error).split())[:150]}); give "
-                             f"a backbone.pt or a classifier of that net.") from None
     return net.eval()
 
 
-def fit(x: Tensor, y: Tensor, classes: int, strength: float, start=None) -> tuple[Tensor, bool]:
-    """Multinomial logistic regression: the minimum of mean cross-entropy + strength/2 · ‖W‖².
+def probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: list[str]) -> dict:
+    """Fits on `train` and tests on `val`, each features (N, c′) and labels (N,).
 
-    Args:
-        x: (N, features) float64, standardised.
-        y: (N,) labels from 0 to classes − 1.
-        strength: of the L2 penalty, which leaves out the bias.
-        start: weights to start from, as this returns them; zeros if not given.
-
-    Returns:
-        (classes, features + 1) weights, the bias in the last column; whether they have converged.
-    """
-    weights = torch.zeros(classes, x.shape[1] + 1, dtype=x.dtype) if start is None else start
-    weights = weights.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=MOST_STEPS, max_eval=2 * MOST_STEPS,
-                                  tolerance_grad=1e-5, tolerance_change=1e-12, history_size=20,
-                                  line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = (F.cross_entropy(predict(weights, x), y)
-                 + strength / 2 * weights[:, :-1].square().sum())
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weights.detach(), optimizer.state[weights]["n_iter"] < MOST_STEPS
-
-
-def predict(weights: Tensor, x: Tensor) -> Tensor:
-    """Logits (N, classes) of features (N, features)."""
-    return x @ weights[:, :-1].T + weights[:, -1]
-
-
-def probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: int) -> dict:
-    """Fits on `train` and tests on `val`, each (N, features) and (N,).
-
-    Returns:
-        accuracy and mean_accuracy (of the classes) in percent, the chosen strength, converged.
-    """
-    (x, y), (x_val, y_val) = train, val
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp(min=1e-12)
-    x, x_val = (x - mean) / std, (x_val - mean) / std
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:len(x) // 5], order[len(x) // 5:]
-    right, weights = {}, None
-    for strength in reversed(STRENGTHS):  # from the strongest: each start is near its minimum
-        weights, _ = fit(x[rest], y[rest], classes, strength, weights)
-        right[strength] = (predict(weights, x[held]).argmax(dim=1) == y[held]).double().mean()
-    best = max(right, key=right.get)
-    weights, converged = fit(x, y, classes, best)
-    guess = predict(weights, x_val).argmax(dim=1)
-    confusion = torch.bincount(y_val * classes + guess, minlength=classes**2)
-    result = simfle.summary(confusion.reshape(classes, classes), [str(k) for k in range(classes)])
-    return dict(accuracy=result["accuracy"], mean_accuracy=result["mean_accuracy"], strength=best,
-                converged=converged)
+    Returns accuracy, mean_accuracy (of the classes) and per_class in percent, and the strength of
+    the L2 penalty that was chosen."""
+    K = len(classes)
+    weight, bias, strength = simfle.converged_head(*train, torch.ones(K))
+    guess = (val[0].double() @ weight.T + bias).argmax(dim=1)
+    confusion = torch.bincount(val[1] * K + guess, minlength=K**2)
+    result = simfle.summary(confusion.reshape(K, K), classes)
+    return {k: result[k] for k in ("accuracy", "mean_accuracy", "per_class")} | {
+        "strength": strength}
 
 
 def refinement(s: simfle.Settings, paths: list[str], colours) -> dict:
     """`measure_refinement` of a run's last checkpoint on whole pictures. Raises Problem."""
     path = Path("runs", s.name, "checkpoint.pt")
+    if s.ffl == "none":
+        raise simfle.Problem(f"{s.name} was trained with --ffl none: it has no masking to measure.")
     model = simfle.build_model(s)
     simfle.load_state(path, simfle.load_file(path), model)
     faces = simfle.Faces(paths, 0, s.ffl_size, 1, 0, crops=0)
@@ -176,8 +128,8 @@ def run(args: argparse.Namespace) -> dict:
     else:
         size = 16 if args.init == "pixels" else s.view_size
         train, val = (whole_pictures(*split, size, args.workers) for split in (train, val))
-        net = load_net(args.init, s, train, colours)
-        result = probe(features(net, train, colours), features(net, val, colours), len(classes))
+        net = load_net(args.init, s, train, colours, args.calibrate)
+        result = probe(features(net, train, colours), features(net, val, colours), classes)
     return result | dict(seconds=round(time.perf_counter() - began, 1))
 
 
@@ -186,10 +138,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
     parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
-    parser.add_argument("--init", default="", help="random, pixels or a file; default: backbone.pt")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--init", default="", help="random, pixels or a file; default: backbone.pt")
+    what.add_argument("--refinement", action="store_true",
+                      help="correlate, over the patches of val/, error and frequency of keeping")
+    parser.add_argument("--calibrate", action="store_true",
+                        help="with --init random: BatchNorm statistics of the training pictures")
     parser.add_argument("--seed", type=int, help="of --init random; default: the run's")
-    parser.add_argument("--refinement", action="store_true",
-                        help="correlate, over the patches of val/, error and frequency of keeping")
     parser.add_argument("--workers", type=int, default=2, help="loader workers [2]")
     args = parser.parse_args(argv)
     try:
