@@ -316,8 +316,9 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     one group, () each, without gradient. In the example of `pair_sums`: (2 − 7)/4 = −1.25, 2/8 and
     3/4, since a channel's pair with itself does not count as a pair here.
 
-    Eq. 2 weighs all pairs alike, and a channel has 63 partners but 1,984 strangers, so that it
-    mostly makes channels unlike.
+    Eq. 2 weighs all pairs alike. A channel has 63 partners but 1,984 strangers, so Eq. 2 makes
+    channels unlike as much as it groups them. In the demo (400 steps, seeds 0 to 2) mean D² between
+    groups falls from 0.15 to 0.06, 0.05, 0.05; within groups it goes from 0.15 to 0.32, 0.17, 0.19.
 
         C = torch.rand(2, 2048, 4, 4, requires_grad=True)
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
@@ -411,9 +412,9 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor, kappa: float) -> Ten
     """A zero whose gradient raises the scores of patches that are hard to reconstruct. (Sec. 3.2)
 
     a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (), which `FaceMAE` adds to L_r.
-    κ = 4 was measured: on a small model and drawn faces, three seeds, keep frequency and error over
-    the 49 positions correlate by +0.38, +0.51, +0.60 after 400 steps with κ = 4, by −0.36, −0.09,
-    −0.03 with κ = 0; κ = 1 gave about 0; κ = 16 gave +0.49, and 7 points less of linear accuracy.
+    Measured with `FaceMAE`'s default, as the correlation of error and keep frequency over the 49
+    positions, preset laptop, seeds 0 to 2: +0.70, +0.71, +0.74 on toy faces after 400 steps, +0.49,
+    +0.46, +0.66 on photographs after 500. What it does to accuracy has not been measured.
 
         a, error = torch.randn(2, 49, requires_grad=True), torch.rand(2, 49)
         keep, mask = mask_lowest(a, ratio=0.75)
