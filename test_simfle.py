@@ -344,6 +344,15 @@ def test_kappa_0_gives_the_grouping_layer_nothing_of_the_reconstruction():
         assert bool(model.ffl.grouping.conv.weight.grad.abs().sum() > 0) == trained
 
 
+def test_the_refinement_is_as_much_stronger_as_there_are_channels(monkeypatch):
+    """L_g's gradient grows with c′, and one κ has to balance it for every net."""
+    seen, term = [], S.refinement_term
+    monkeypatch.setattr(S, "refinement_term", lambda a, mask, error, kappa: (
+        seen.append(kappa), term(a, mask, error, kappa))[1])
+    small_model(kappa=0.5)(*small_inputs())
+    assert seen == [0.5 * 64]
+
+
 # ---------------------------------------------------------------- 3.2 FaceMAE, Eq. 4
 
 
