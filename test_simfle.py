@@ -1363,6 +1363,11 @@ def test_the_laptops_linear_evaluation_is_the_converged_one_and_equals_the_probe
         probed = json.loads(capsys.readouterr().out)
         assert probed["accuracy"] == pytest.approx(got["accuracy"]), init
         assert probed["mean_accuracy"] == pytest.approx(got["mean_accuracy"]), init
+    run_program(*args, cwd=trained, processes=2)  # two processes have the same head
+    shared = torch.load(trained / "runs/colours/linear-colours.pt", weights_only=True)
+    torch.testing.assert_close(shared["model"]["fc.weight"], saved["model"]["fc.weight"], rtol=1e-3,
+                               atol=1e-3)
+    assert result(trained, "linear-colours")["images"] == 15
     told = complaint([*args[:2], *EVAL, "--eval", "semi", "--epochs", "0"], trained, monkeypatch,
                      capsys)
     assert "--epochs 0 is for --eval linear" in told
