@@ -550,7 +550,7 @@ class FaceMAE(nn.Module):
         L_r, tokens, L_g, D2_between, D2_within = ffl(X, I)
     """
     def __init__(self, channels: int = 2048, groups: int = 32, ratio: float = 0.75,
-                 kappa: float = 0.03, image_size: int = 112, patch: int = 16, **autoencoder):
+                 kappa: float = 0.02, image_size: int = 112, patch: int = 16, **autoencoder):
         super().__init__()
         self.groups, self.kappa = groups, kappa
         self.grouping = ChannelGrouping(channels, groups)
@@ -697,7 +697,7 @@ class Settings:
     queue: int = setting(65_536, "keys that MoCo remembers (its paper)")
     groups: int = setting(32, "channel groups N_g (4.1)")
     mask_ratio: float = setting(0.75, "share of the patches that is masked (4.1)")
-    mask_gradient: float = setting(0.03, "refinement of the masking, per channel; 0: none (ours)")
+    mask_gradient: float = setting(0.02, "refinement of the masking, per channel; 0: none (ours)")
     patch: int = setting(16, "pixels a side of a patch (4.1)")
     vit: str = setting("base", "the autoencoder: base as in MAE (4.1), or tiny (ours)")
     norm_pix: bool = setting(True, "normalise the autoencoder's pixels patch by patch (MAE)")
