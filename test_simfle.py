@@ -1415,8 +1415,8 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     assert measured.keys() >= {"positions", "within_image", "error_map", "keep_map", "seconds"}
     assert len(measured["keep_map"]) == 49 and sum(measured["keep_map"]) == pytest.approx(12,
                                                                                           abs=0.01)
-    assert in_process("--data", "colours", "--name", "alone", *TINY, "--steps", "1", "--ffl", "none",
-                      cwd=trained, monkeypatch=monkeypatch) == 0
+    alone = ["--data", "colours", "--name", "alone", *TINY, "--steps", "1", "--ffl", "none"]
+    assert in_process(*alone, cwd=trained, monkeypatch=monkeypatch) == 0
     assert P.main(["alone", "--refinement"]) == 2
     assert "has no masking to measure" in capsys.readouterr().err
     (trained / "other.pt").unlink(missing_ok=True)
