@@ -1415,6 +1415,7 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
                                atol=1e-4)
 
     measured = probed("--refinement")
+    assert (measured["run"], measured["measured"]) == ("colours", "refinement")
     assert measured.keys() >= {"positions", "within_image", "error_map", "keep_map", "seconds"}
     assert len(measured["keep_map"]) == 49 and sum(measured["keep_map"]) == pytest.approx(12,
                                                                                           abs=0.01)
@@ -1423,9 +1424,12 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     assert P.main(["alone", "--refinement"]) == 2
     assert "has no masking to measure" in capsys.readouterr().err
     (trained / "other.pt").unlink(missing_ok=True)
-    assert "probe: other.pt" in probed("--init", "other.pt", code=2)
-    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, trained / "other.pt")
-    assert "other.pt is no small" in probed("--init", "other.pt", code=2)
+    assert "there is no file other.pt" in probed("--init", "other.pt", code=2)
+    for broken in ({"conv1.weight": torch.zeros(1)}, torch.zeros(1)):
+        torch.save({"model": broken}, trained / "other.pt")
+        assert "other.pt is no small" in probed("--init", "other.pt", code=2)
+    for args in (["--calibrate"], ["--init", "random", "--seed", 10**20], ["--workers", "-1"]):
+        assert "probe: --" in probed(*map(str, args), code=2)
     assert "there is no dataset nowhere" in probed("--data", "nowhere", code=2)
     assert P.main(["nobody"]) == 2
     assert "there is no run nobody" in capsys.readouterr().err

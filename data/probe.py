@@ -8,7 +8,8 @@
 
 The probe is multinomial logistic regression (`simfle.converged_head`). It sees whole pictures,
 without augmentation, through the frozen backbone in eval mode. It reads train/CLASS/ and val/CLASS/
-of --data, by default of the run's data. Everything is printed as one line of JSON.
+of --data, by default of the run's data. RUN is a pre-training: from it come net, sizes and data,
+for pixels and for an untrained net too. Everything is printed as one line of JSON.
 """
 
 import argparse
@@ -70,11 +71,13 @@ def load_net(init: str, s: simfle.Settings, pictures: DataLoader, colours, calib
     net.to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
     if init != "random":
         path = Path(init or Path("runs", s.name, "backbone.pt"))
+        if not path.is_file():
+            raise simfle.Problem(f"there is no file {path}; give random, pixels or a file.")
         saved = simfle.load_file(path)
-        state = {k: v for k, v in saved.get("model", saved).items() if not k.startswith("fc.")}
         try:
+            state = {k: v for k, v in saved.get("model", saved).items() if k[:3] != "fc."}
             net.backbone.resnet.load_state_dict(state)
-        except RuntimeError as error:
+        except (AttributeError, RuntimeError, TypeError) as error:
             raise simfle.Problem(f"{path} is no {s.arch} ({' '.join(str(error).split())[:150]}); "
                                  f"give a backbone.pt or a classifier of that net.") from None
     elif calibrate:
@@ -113,29 +116,44 @@ def refinement(s: simfle.Settings, paths: list[str], colours) -> dict:
 
 def run(args: argparse.Namespace) -> dict:
     """What the command line asks for. Raises Problem."""
-    began, stored = time.perf_counter(), simfle.run_settings(args.run, needed=True)
+    for name in ("calibrate", "seed"):
+        if getattr(args, name) not in (None, False) and args.init != "random":
+            raise simfle.Problem(f"--{name} is for --init random: give it there only.")
+    if not 0 <= (args.seed or 0) < 2**32:
+        raise simfle.Problem(f"--seed must be from 0 to 4294967295, not {args.seed}.")
+    if args.workers < 0:
+        raise simfle.Problem(f"--workers must be 0 or more, not {args.workers}.")
+    began, stored = time.perf_counter(), simfle.run_settings(args.run)
+    if not stored:
+        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
+        raise simfle.Problem(f"there is no run {args.run}; runs/ has {there or 'none'}: choose one "
+                             f"of these, or pre-train one with simfle.py.")
     s = simfle.Settings(**{f.name: stored[f.name] for f in fields(simfle.Settings)
                            if f.name in stored})
     s = replace(s, name=args.run, seed=s.seed if args.seed is None else args.seed)
     folder = simfle.find_data(args.data or s.data)
     colours = simfle.colours_of(folder)
     classes, *train = simfle.labelled_pictures(folder / "train")
-    same, *val = simfle.labelled_pictures(folder / "val")
+    same, val_paths, val_labels = simfle.labelled_pictures(folder / "val")
     if classes != same:
         raise simfle.Problem(f"{folder}/train and {folder}/val have different class folders.")
     if args.refinement:
-        result = refinement(s, val[0], colours)
+        result = refinement(s, val_paths, colours)
     else:
         size = 16 if args.init == "pixels" else s.view_size
-        train, val = (whole_pictures(*split, size, args.workers) for split in (train, val))
+        train = whole_pictures(*train, size, args.workers)
+        val = whole_pictures(val_paths, val_labels, size, args.workers)
         net = load_net(args.init, s, train, colours, args.calibrate)
         result = probe(features(net, train, colours), features(net, val, colours), classes)
-    return result | dict(seconds=round(time.perf_counter() - began, 1))
+    measured = "refinement" if args.refinement else args.init or "backbone"
+    return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
+                pictures=len(val_paths)) | result | dict(
+                    seconds=round(time.perf_counter() - began, 1))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line of JSON. Returns the exit code: 0, or 2 after a Problem."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Prints one line of JSON. Returns the exit code: 0, 2 after a Problem, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
     parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
     what = parser.add_mutually_exclusive_group()
@@ -152,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     except simfle.Problem as problem:
         print(f"probe: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nprobe: interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 
