@@ -107,18 +107,22 @@ def refinement(s: simfle.Settings, paths: list[str], colours) -> dict:
     path = Path("runs", s.name, "checkpoint.pt")
     if s.ffl == "none":
         raise simfle.Problem(f"{s.name} was trained with --ffl none: it has no masking to measure.")
+    if not path.exists():
+        raise simfle.Problem(f"{path} is missing; it is written at the end of the first epoch.")
     model = simfle.build_model(s)
     simfle.load_state(path, simfle.load_file(path), model)
     faces = simfle.Faces(paths, 0, s.ffl_size, 1, 0, crops=0)
-    images = torch.stack([faces[0, i, 1.0]["image"] for i in range(len(faces))])
+    items = [faces[0, i, 1.0] for i in range(len(faces))]
+    for path in (path for path, item in zip(paths, items) if item["unreadable"]):
+        raise simfle.Problem(f"{path} cannot be read; mend or remove it.")
+    images = torch.stack([item["image"] for item in items])
     return simfle.measure_refinement(model, images, colours)
 
 
 def run(args: argparse.Namespace) -> dict:
     """What the command line asks for. Raises Problem."""
-    for name in ("calibrate", "seed"):
-        if getattr(args, name) not in (None, False) and args.init != "random":
-            raise simfle.Problem(f"--{name} is for --init random: give it there only.")
+    if (args.calibrate or args.seed is not None) and args.init != "random":
+        raise simfle.Problem("--calibrate and --seed are for --init random: give them there only.")
     if not 0 <= (args.seed or 0) < 2**32:
         raise simfle.Problem(f"--seed must be from 0 to 4294967295, not {args.seed}.")
     if args.workers < 0:
@@ -126,7 +130,8 @@ def run(args: argparse.Namespace) -> dict:
     began, stored = time.perf_counter(), simfle.run_settings(args.run)
     if not stored:
         there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/log.jsonl")))
-        raise simfle.Problem(f"there is no run {args.run}; runs/ has {there or 'none'}: choose one "
+        raise simfle.Problem(f"there is no run {args.run} with a log in {Path.cwd()}/runs, "
+                             f"which has {there or 'none'}: choose one "
                              f"of these, or pre-train one with simfle.py.")
     s = simfle.Settings(**{f.name: stored[f.name] for f in fields(simfle.Settings)
                            if f.name in stored})
@@ -146,8 +151,9 @@ def run(args: argparse.Namespace) -> dict:
         net = load_net(args.init, s, train, colours, args.calibrate)
         result = probe(features(net, train, colours), features(net, val, colours), classes)
     measured = "refinement" if args.refinement else args.init or "backbone"
+    measured += ", calibrated" if args.calibrate else ""
     return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
-                pictures=len(val_paths)) | result | dict(
+                val_pictures=len(val_paths)) | result | dict(
                     seconds=round(time.perf_counter() - began, 1))
 
 
