@@ -97,8 +97,9 @@ fcntl = None if os.name == "nt" else importlib.import_module("fcntl")  # Windows
 
 # ================================ Part I: the method ================================
 # Plain tensors in, plain tensors out: no settings object, device, process group or file, so that
-# each piece can be pasted elsewhere with the imports above and the helpers that it names. The numbers in the shapes are those of
-# the paper's setting: ResNet-50, views of 224 pixels, I of 112; B is the batch.
+# each piece can be pasted elsewhere with the imports above and the helpers that it names. The
+# numbers in the shapes are those of the paper's setting: ResNet-50, views of 224 pixels, I of 112;
+# B is the batch.
 
 def full_precision(x: Tensor):
     """A context that switches `torch.autocast` off on x's device. (ours)
