@@ -1,25 +1,28 @@
-"""Times the loader and the parts of a step: what `simfle.py --benchmark` calls. (ours)
+"""Times the loader and the parts of a pre-training step, on any device.
 
-    python simfle.py --data affectnet --benchmark
-    torchrun --nproc_per_node=3 simfle.py --data affectnet --benchmark
+    python data/benchmark.py --data affectnet
+    torchrun --nproc_per_node=3 data/benchmark.py --data affectnet
 
-Any preset, any device. Trains nothing and keeps nothing.
+Takes the options of simfle.py. Trains nothing and keeps nothing.
 """
 
 import contextlib
 import math
 import os
-import shutil
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import baselines  # noqa: F401  (its methods can be timed too)
 import simfle
 
 try:
@@ -40,13 +43,14 @@ def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
     seconds[name].append(time.perf_counter() - start)
 
 
-def loader_rates(run: simfle.Run, seconds: float) -> dict[int, float]:
-    """Images a second that loading processes hand over, by their number: 1, 2, 4 to all cores."""
-    rates = {}
-    for workers in sorted({min(2**i, run.cores()) for i in range(12)}):
-        run.s = replace(run.s, workers=workers)
-        loading, images, spent = iter(run.loader(run.faces, run.batches)), 0, 0.0
-        list(islice(loading, 4 * workers))  # what may stand ready before the clock starts
+def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
+                 batches: simfle.Batches, seconds: float) -> dict[int, float]:
+    """Images a second that loader workers hand over, by their number: 1, 2, 4 to all cores."""
+    rates, cores = {}, os.cpu_count()
+    for workers in sorted({min(2**i, cores) for i in range(12)}):
+        loading = iter(simfle.make_loader(replace(s, workers=workers), world, faces, batches))
+        images, spent = 0, 0.0
+        list(islice(loading, 2 * workers))  # what may stand ready before the clock starts
         start = time.perf_counter()
         while spent < seconds:  # whole rounds: the batches of one come almost at once
             images += sum(len(batch["index"]) for batch in islice(loading, workers))
@@ -57,45 +61,51 @@ def loader_rates(run: simfle.Run, seconds: float) -> dict[int, float]:
 
 
 def benchmark(s: simfle.Settings, world: simfle.World) -> None:
-    """Prints what loader and step do in a second, part by part. Trains nothing, keeps nothing.
+    """Prints what loader and step do in a second, part by part.
 
-    Means of as many steps as fit five seconds, the first left out: whole steps as in training, then
-    their parts, the device waited for before and after each."""
-    s = replace(s, name=f".benchmark-{os.getpid()}", epochs=10**6, steps=0)
-    run = simfle.Pretraining(s, world)
-    batch = torch.utils.data.default_collate([run.faces[k] for k in next(iter(run.batches))])
-    model, seconds, cuda = run.model.train(), defaultdict(list), world.device.type == "cuda"
-    clock, take = partial(timed, seconds, world.device), partial(run.step, batch, (0, 0), 0.0)
-    with FlopCounterMode(display=False) as counter:  # without --compile; so once more, with it
+    Means of as many steps as fit five seconds, the first two left out. The device is waited for
+    before and after each part, so that on a GPU a step takes a little longer than in training."""
+    data = simfle.find_data(s.data)
+    faces = simfle.Faces(simfle.find_pictures(
+        data / "train" if (data / "train").is_dir() else data), s.view_size, 2, s.ffl_size,
+        s.crop_min, s.seed)
+    model = simfle.build_model(s)
+    with tempfile.TemporaryDirectory() as nowhere:  # there is nothing to resume from
+        t = simfle.set_up(s, world, model, model, faces, Path(nowhere, "checkpoint.pt"))
+    t.batches.last = 10**9
+    batch = torch.utils.data.default_collate([faces[k] for k in next(iter(t.batches))])
+    batch = {k: v.to(world.device) for k, v in batch.items()}
+    seconds, cuda = defaultdict(list), world.device.type == "cuda"
+    clock = partial(timed, seconds, world.device)
+
+    def take() -> None:
+        """A step of `simfle.fit`, in parts."""
+        with clock("views"):
+            views = [simfle.augment(batch["views"][:, i]) for i in range(2)]
+            views.append(simfle.normalise(batch["image"]))
+        with clock("forward"), simfle.mixed_precision(world):
+            out = t.net(*views)
+        with clock("backward"):
+            out["loss"].backward()
+        with clock("values"):
+            simfle.reduced(world, out | {"unreadable": out["loss"] * 0}, t.parameters)
+        with clock("optimiser, EMA"):
+            t.optimizer.step()
+            t.optimizer.zero_grad(set_to_none=False)
+            model.update()
+
+    with FlopCounterMode(display=False) as counter:
         take()
-    take()
     with clock("trial"):
         take()
-    # The same number for all processes.
-    steps = simfle.agree(world, lambda: max(3, int(5 / seconds["trial"][0])))
+    steps = simfle.from_rank0(world, lambda: max(3, int(5 / seconds["trial"][0])))
+    seconds.clear()
     with clock("whole"):
         for _ in range(steps):
             take()
-    step = seconds["whole"][0] / steps
-    for name, module in (("target", getattr(model.gfl, "target", None)), ("FaceMAE", model.ffl)):
-        if module is not None:
-            module.forward = clock(f"of forward: {name}")(module.forward)
-    for taken in range(steps + 1):
-        if taken == 1:
-            seconds.clear()  # with --compile, the modules that got a clock were compiled anew
-        moved = {k: v.to(world.device) for k, v in batch.items()}
-        with clock("views"), torch.no_grad():
-            inputs = simfle.prepare(moved, (s.seed, 0, 0), run.colours)
-        with clock("forward"), run.mixed_precision():
-            loss = run.wrapped(*inputs)["loss"]
-        with clock("backward"):
-            loss.backward()
-        with clock("optimiser, EMA"):
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            run.model.update()
+    step = seconds.pop("whole")[0] / steps
     if world.rank == 0:
-        images, macs = run.batches.batch, counter.get_total_flops() / 2
+        images, macs = t.batches.batch, counter.get_total_flops() / 2
         memory = (torch.cuda.max_memory_allocated() if cuda else math.nan if resource is None else
                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                   * (1 if sys.platform == "darwin" else 1024))
@@ -106,17 +116,33 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
             with clock("product"):
                 a @ a
         peak = n**3 / min(seconds["product"])  # multiply-adds a second, in training's precision
-        name = torch.cuda.get_device_name() if cuda else f"{run.cores()} CPU cores"
+        name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
         print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
               f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
-        rows = [(f"loader, {n} loading", v, "images/s") for n, v in loader_rates(run, 5).items()]
+        rates = loader_rates(s, world, faces, t.batches, 5)
+        rows = [(f"loader, {n} workers", v, "images/s") for n, v in rates.items()]
         rows += [("step", images / step, "images/s"), ("step", 1000 * step, "ms")]
         rows += [(part, v, "ms") for part, v in parts.items()]
         rows += [("memory of a process", memory / 2**30, "GB at most"),
-                 ("arithmetic", macs / run.share / 1e9, "G multiply-adds an image, both ways"),
+                 ("arithmetic", macs * world.size / images / 1e9,
+                  "G multiply-adds an image, both ways"),
                  ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s "
                   f"that a large matrix product reaches in one process")]
         for what, number, unit in rows:
             print(f"{what:24}{number:14,.2f} {unit}")
-        run.lock.close()
-        shutil.rmtree(run.folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a UserError."""
+    try:
+        args = simfle.read_arguments(argv)
+        with simfle.processes() as world:
+            benchmark(simfle.read_settings(args), world)
+    except simfle.UserError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

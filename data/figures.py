@@ -1,17 +1,22 @@
-"""Draws a run's figures: what `simfle.py --figures` calls. (Sec. 4.4)
+"""Draws a run's figures. (Sec. 4.4)
 
-    python simfle.py --data affectnet --figures
+    python data/figures.py RUN                       what there is of it, to runs/RUN/figures/
+    python data/figures.py RUN --compare RUN RUN     rows for other runs (Figs. 1 and 3)
+    python data/figures.py RUN --init random         masks and reconstructions of the untrained net
+    python data/figures.py RUN --init FILE           attention of another classifier of --eval
+    python data/figures.py RUN --data FOLDER         pictures of another folder
 
-The paper's figures of a run go to runs/NAME/figures/; with `--init random`, its masks and
-reconstructions before training. They show pictures of val/, or where there is none, of the folder.
-The ideas are in `reconstruct`, `figure_refinement` and `grad_cam`; the rest is paint.
+The pictures are those of val/, or where there is none, of the folder. The ideas are in
+`reconstruct`, `figure_refinement` and `grad_cam`; the rest is paint.
 """
 
+import argparse
 import contextlib
 import json
 import math
+import sys
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import fields
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -22,6 +27,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import baselines
 import simfle
 
 # ===== 4.4 Drawing =====
@@ -95,8 +102,8 @@ def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
 
 def read_faces(paths: list[str], size: int) -> Tensor:
     """Pictures as (B, 3, size, size) in [0, 1]; black where one cannot be read."""
-    faces = simfle.Faces(paths, 0, size, 1, 0, crops=0, labels=[0] * len(paths))
-    return torch.stack([faces[0, i, 1.0]["image"] for i in range(len(paths))]) / 255
+    faces = simfle.Faces(paths, image_size=size, labels=[0] * len(paths))
+    return torch.stack([faces[0, i, i]["image"] for i in range(len(paths))]) / 255
 
 
 # ===== 4.4 Masks and reconstructions =====
@@ -109,12 +116,19 @@ def unpatchify(patches: Tensor, mae: simfle.MaskedAutoencoder) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor, Tensor]:
-    """x (B, 3, 112, 112) in [0, 1], u as in `SemanticMasking` -> x with the masked patches grey;
-    what the autoencoder makes of that, the visible patches pasted back. (Fig. 4) With `norm_pix`
-    it guesses a patch's pattern, not its light: mean and deviation are the original's."""
+def reconstruct(model: nn.Module, x: Tensor, draws: list[int], colours) -> tuple[Tensor, Tensor]:
+    """x (B, 3, 112, 112) in [0, 1]; draws: the channel group of each image (for other maskings than
+    the semantic one, draws[0] is the seed of all) -> x with the masked patches grey; what the
+    autoencoder makes of that, the visible patches pasted back. (Fig. 4) With `norm_pix` it guesses
+    a patch's pattern, not its light: mean and standard deviation are the original's."""
     ffl, mae, I = model.ffl, model.ffl.mae, simfle.normalise(x, colours)
-    _, keep, mask = ffl.masking(ffl.grouping(model.backbone(I)[0]), u)
+    C = ffl.grouping(model.backbone(I)[0])
+    if type(ffl.masking) is simfle.SemanticMasking:
+        a = ffl.masking.scores(C, torch.tensor(draws))
+    else:
+        torch.manual_seed(draws[0])
+        a = ffl.masking(C)[0]
+    keep, mask = simfle.mask_lowest(a, ffl.masking.ratio)
     masked, patches = mask[:, :, None] > 0, mae.patchify(I)
     guess = mae.decode(mae.encode(patches, keep), keep)
     if mae.norm_pix:
@@ -127,14 +141,12 @@ def reconstruct(model: nn.Module, x: Tensor, u: Tensor, colours) -> tuple[Tensor
 
 def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
     """Three faces masked eight times each, and eight with their reconstructions. (Fig. 4 a, b)"""
-    # Semantic masking takes its group from the first number, random masking its scores from all.
-    u = torch.rand(8, model.ffl.mae.grid**2, generator=simfle.stream_of("figures"))
-    u[:, 0] = torch.arange(8) / 8
-    above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), u, colours)[0])
+    semantic = type(model.ffl.masking) is simfle.SemanticMasking
+    draws = [i * model.ffl.groups // 8 for i in range(8)] if semantic else list(range(8))
+    above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), draws, colours)[0])
              for face in x[:3]]
-    below = [x, *reconstruct(model, x, u[:len(x)], colours)]
-    names = (["one draw"] * 8 if model.ffl.masking.draws > 1 else
-             [f"group {g}" for g in (u[:, 0] * model.ffl.groups).long().tolist()])
+    below = [x, *reconstruct(model, x, draws[:len(x)], colours)]
+    names = [f"group {g}" for g in draws] if semantic else ["one draw"] * 8
     light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
     return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)",
                            [[cell(p) for p in row] for row in above],
@@ -145,19 +157,33 @@ def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image
                                      note="Visible patches are pasted back." + light)}
 
 
-def figure_refinement(records: list[dict]) -> Image.Image | None:
-    """Reconstruction error and keep frequency over the epochs that the log holds. (Fig. 3)"""
-    if not (records := [r for r in records if "refinement" in r]):
-        return None
-    few = [records[i] for i in torch.linspace(0, len(records) - 1, min(8, len(records))).int()]
+def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
+    """The error of masked patches by position, and how often a patch is kept, over the epochs that
+    the logs hold. (Fig. 3: its upper row is a run with random masking, its lower one a semantic
+    one's)"""
     rows, names = [], []
-    for key, name in (("error_map", "error under random masks"), ("keep_map", "share kept")):
-        maps = torch.tensor([r["refinement"][key] for r in few])
-        side, low, high = math.isqrt(maps.shape[1]), maps.min().item(), maps.max().item()
-        rows.append([heat(m.reshape(side, side), low, high) for m in maps])
-        names.append(f"{name}\ndark blue: {low:.3g}\nyellow: {high:.3g}")
-    return sheet("Does the masking keep what is hard? (Fig. 3)", rows, names,
-                 [f"epoch {r['epoch']}" for r in few])
+    for run, records in logs.items():
+        sums = defaultdict(lambda: [0, 0])
+        for r in records:
+            if "masked" in r:
+                sums[r["epoch"]][0] += torch.tensor(r["masked_error"])
+                sums[r["epoch"]][1] += torch.tensor(r["masked"])
+        if not sums:
+            continue
+        epochs = sorted(sums)
+        few = [epochs[i] for i in torch.linspace(0, len(epochs) - 1, min(8, len(epochs))).int()]
+        # The share of the patches that is masked, over the mean of the counts.
+        ratio = simfle.run_settings(run)["mask_ratio"]
+        hidden = simfle.mask_lowest(torch.zeros(1, len(sums[few[0]][1])), ratio)[1].mean()
+        for name, maps in (
+                ("error where masked", [sums[e][0] / sums[e][1].clamp(min=1) for e in few]),
+                ("share kept", [1 - hidden * sums[e][1] / sums[e][1].mean() for e in few])):
+            low, high = min(m.min().item() for m in maps), max(m.max().item() for m in maps)
+            side = math.isqrt(len(maps[0]))
+            rows.append([heat(m.reshape(side, side), low, high, 112 // side) for m in maps])
+            names.append(f"{run}: {name}\nepochs {', '.join(map(str, few))}\ndark blue: {low:.3g}"
+                         f"\nyellow: {high:.3g}")
+    return sheet("What is hard, and what is kept (Fig. 3)", rows, names) if rows else None
 
 
 # ===== 4.4 Attention and numbers =====
@@ -174,16 +200,16 @@ def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
 
 def classifier(path: Path):
     """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
-    classes they are taken for, attention for those (B, H, W). Raises Problem."""
+    classes they are taken for, attention for those (B, H, W). Raises UserError."""
     if not path.exists():
-        raise simfle.Problem(f"{path} is missing; with --figures, --init is random or a classifier "
-                             f"that --eval has made.")
+        raise simfle.UserError(f"{path} is missing; --init is random or a classifier that "
+                               f"simfle.py --eval has made.")
     saved = simfle.load_file(path)
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
-        raise simfle.Problem(f"{path} is no classifier of --eval; give one with --init.")
+        raise simfle.UserError(f"{path} is no classifier of --eval; give one with --init.")
     net = simfle.RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
-    net.load_state_dict(saved["model"])
+    simfle.load_weights(path, net, saved["model"])
 
     @torch.no_grad()
     def look(paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
@@ -195,15 +221,13 @@ def classifier(path: Path):
     return look
 
 
-def find_classifier(s: simfle.Settings, name: str) -> Path | None:
-    """--init for the run itself; else a run's own: of this data before others, linear first."""
-    if name == s.name and s.init:
-        return Path(s.init)
-    data, found = Path(s.data).resolve().name, []
+def find_classifier(name: str, data: str) -> Path | None:
+    """A run's own classifier: of this data before others, linear before others."""
+    found = []
     for path in Path("runs", name).glob("eval-*.json"):
         made = json.loads(path.read_bytes())["settings"]
-        if Path(made["init"] or path).resolve().parent == path.parent.resolve():  # no other net's
-            found.append((Path(made["data"]).resolve().name != data, made["eval"] != "linear",
+        if not made["init"] or Path(made["init"]).resolve().parent == path.parent.resolve():
+            found.append((simfle.data_name(made["data"]) != data, made["eval"] != "linear",
                           path.stem, path.with_name(path.stem.removeprefix("eval-") + ".pt")))
     return min(found, default=[None])[-1]
 
@@ -232,73 +256,80 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
                       f"{result['mean_accuracy']:.2f} %, {result['images']} images")
 
 
-def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
+def figure_sweep(key: str, own: dict) -> Image.Image | None:
     """Linear accuracy against α or β: for each value the mean over the runs that were pre-trained
     as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
-    points, same = defaultdict(list), own.keys() - simfle.FREE - {key, "seed", "data"}
+    points, data = defaultdict(list), simfle.data_name(own["data"])
+    same = {f.name for f in fields(simfle.Settings) if not f.metadata["free"]} - {key, "seed"}
+    same |= {"lr", "weight_decay", "batch_size", "epochs", "steps", "init"}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = simfle.run_settings(path.parent.name)
-        if all(settings.get(k) == own[k] for k in same):
+        if settings and all(settings.get(k) == own.get(k) for k in same):
             points[settings.get(key)].append(json.loads(path.read_bytes())["accuracy"])
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
     return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
 
 
 def figure_curves(records: list[dict]) -> Image.Image | None:
-    """What the log holds, over the steps, and the refinement's correlations, over the epochs."""
+    """What the log holds, over the steps."""
     curves = defaultdict(list)
     for r in records:
-        what, by = ("correlation (Fig. 3), ", "epoch") if "refinement" in r else ("", "step")
-        for k, v in r.get("refinement", r).items():
+        for k, v in r.items():
             if isinstance(v, float):
-                curves[f"{what}{k}, by {by}"].append((r[by], v))
-    plots = [plot(*one) for one in curves.items()]
+                curves[k].append((r["step"], v))
+    plots = [plot(f"{k}, by step", points) for k, points in curves.items()]
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
 
 # ===== 4.4 All of them =====
 
 
-def some_pictures(s: simfle.Settings, count: int) -> list[tuple[str, str | None]]:
+def some_pictures(folder: Path, seed: int, count: int) -> list[tuple[str, str | None]]:
     """Pictures with their classes from val/, class after class in turn; else any, with None."""
-    folder = simfle.find_data(s.data)
     val = folder / "val" if (folder / "val").is_dir() else folder
     if val == folder or not any(p.is_dir() and p.name[0] not in "._" for p in val.iterdir()):
         return [(p, None) for p in simfle.find_pictures(val)[:count]]
     classes, paths, labels = simfle.labelled_pictures(val)
-    order = torch.randperm(len(paths), generator=simfle.stream_of(s.seed, "figures")).tolist()
+    order = torch.randperm(len(paths), generator=simfle.generator_of(seed, "figures")).tolist()
     turns = zip_longest(*([i for i in order if labels[i] == k] for k in range(len(classes))))
     chosen = [i for turn in turns for i in turn if i is not None]
     return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
 
 
-def figures_of(s: simfle.Settings, folder: Path, own: dict, records: list[dict]):
+def read_log(run: str) -> list[dict]:
+    """The lines of a run's log, without one that is being written."""
+    records = []
+    for line in Path("runs", run, "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
     """Names and pictures of all that there is to draw; None for what there is too little of."""
-    known, data = asdict(s).keys() - {"data", "name"}, Path(s.data).resolve().name
-    model = simfle.build_model(replace(s, **{k: v for k, v in own.items() if k in known})).eval()
-    if records:
-        yield "curves", figure_curves(records)
-        yield "refinement", figure_refinement(records)
-        for path in sorted(folder.glob("eval-*.json")):
+    run, untrained = Path("runs", args.run), args.init == "random"
+    model, pictures, looks = simfle.build_model(s).eval(), some_pictures(folder, s.seed, 512), {}
+    if not untrained:
+        logs = {name: read_log(name) for name in (args.run, *args.compare)}
+        yield "curves", figure_curves(logs[args.run])
+        yield "refinement", figure_refinement(logs)
+        for path in sorted(run.glob("eval-*.json")):
             name = path.stem.removeprefix("eval-")
             yield f"confusion-{name}", figure_confusion(json.loads(path.read_bytes()), name)
-        yield from ((key, figure_sweep(key, own, data)) for key in ("alpha", "beta"))
-        path = folder / "checkpoint.pt"
-        if not path.exists():
-            raise simfle.Problem(f"{path} is not written yet, at the end of the first epoch it "
-                                 f"will be; only what the log holds is drawn.")
-        simfle.load_state(path, simfle.load_file(path), model)
-    pictures, looks = some_pictures(s, 512), {}
+        yield from ((key, figure_sweep(key, vars(s))) for key in ("alpha", "beta"))
+        path = run / "checkpoint.pt"
+        simfle.load_weights(path, model, simfle.load_file(path)["model"])
     if model.ffl is not None:
-        x = read_faces([p for p, _ in pictures[:8]], model.ffl.masking.image_size)
-        colours = own.get("colours") or simfle.colours_of(simfle.find_data(s.data))
-        yield from figures_masks(model, x, colours).items()
-    for name in (s.name, *s.compare) if records else ():
-        if path := find_classifier(s, name):
+        x = read_faces([p for p, _ in pictures[:8]], s.ffl_size)
+        yield from figures_masks(model, x, simfle.colours_of(folder)).items()
+    for name in () if untrained else (args.run, *args.compare):
+        own = find_classifier(name, simfle.data_name(str(folder)))
+        path = Path(args.init) if args.init and name == args.run else own
+        if path:
             looks[f"{name}\n{path.stem}"] = classifier(path)
         else:
-            print(f"runs/{name} " + ("has no classifier, make one with --eval" if Path(
-                "runs", name).is_dir() else "does not exist") + ": its attention is not drawn.")
+            print(f"runs/{name} has no classifier, make one with --eval: its attention is not "
+                  f"drawn.")
     if looks:
         title, look = "Where the classifier looks (Figs. 1, 6, 8)", next(iter(looks.values()))
         yield "attention", figure_attention(title, looks, pictures[:8])
@@ -307,23 +338,42 @@ def figures_of(s: simfle.Settings, folder: Path, own: dict, records: list[dict])
             yield "mistakes", figure_attention("Taken for another class (Fig. 8 b)", looks, wrong)
 
 
-def draw_figures(s: simfle.Settings) -> None:
-    """Draws what there is of a run into runs/NAME/figures. Raises Problem."""
-    folder, records, state, suffix = Path("runs", s.name), [], "untrained", "-untrained"
-    own = simfle.run_settings(s.name, needed=s.init != "random")
-    if s.init != "random":
-        for line in (folder / "log.jsonl").read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the run may be writing its last line
-                records.append(json.loads(line))
-        state, suffix = f"epoch {max(r.get('epoch', 0) for r in records)}", ""
-    data = Path(s.data).resolve().name
-    if data != own.get("data_name", data):  # pictures of other data beside the run's own
-        suffix += f"-{data}"
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for name, picture in figures_of(s, folder, own, records):
+def draw(args: argparse.Namespace) -> None:
+    """Draws what there is of a run into runs/RUN/figures. Raises UserError."""
+    for name in (args.run, *args.compare):
+        if not simfle.run_settings(name):
+            there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
+            raise simfle.UserError(f"there is no run {name} with a checkpoint; runs/ has "
+                                   f"{there or 'none'}.")
+    s = simfle.Settings(**simfle.run_settings(args.run))
+    folder, target = simfle.find_data(args.data or s.data), Path("runs", args.run, "figures")
+    suffix = "-untrained" if args.init == "random" else ""
+    if args.data:  # beside the run's own
+        suffix += f"-{simfle.data_name(args.data)}"
+    target.mkdir(parents=True, exist_ok=True)
+    for name, picture in figures_of(args, s, folder):
         if picture is not None:
-            path = folder / "figures" / f"{name}{suffix}.png"
+            path = target / f"{name}{suffix}.png"
             picture = ImageOps.expand(picture, (0, 0, 0, LINE), "white")
-            write(picture, GAP, picture.height - LINE, f"{s.name}, {state}", 12, "la", "grey")
+            write(picture, GAP, picture.height - LINE, args.run + suffix, 12, "la", "grey")
             simfle.write_whole(path, lambda file: picture.save(file, "PNG"))
             print(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after a UserError."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
+    parser.add_argument("--compare", nargs="+", default=[], help="other runs (Figs. 1 and 3)")
+    parser.add_argument("--init", default="", help="random, or a classifier; default: the run's")
+    parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
+    try:
+        draw(parser.parse_args(argv))
+    except simfle.UserError as error:
+        print(f"figures: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
