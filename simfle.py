@@ -1201,6 +1201,10 @@ def share_state(world: World, t: Training) -> None:
     broadcast(world, tensors)
 
 
+def size_of(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0  # 0: a dangling link
+
+
 def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int, **more) -> dict:
     """What must be equal for a run to be resumed: the settings that shape it, the real batch, and
     the pictures, known by their names and, on rank 0's machine, by their sizes. Raises
@@ -1209,7 +1213,7 @@ def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int
     if from_rank0(world, lambda: names) != names:
         raise UserError(f"{data} does not hold the same pictures on all machines; copy it whole "
                         f"to each of them.")
-    sizes = from_rank0(world, lambda: seed_of([os.stat(p).st_size for p in paths]))
+    sizes = from_rank0(world, lambda: seed_of([size_of(p) for p in paths]))
     same = {f.name: getattr(s, f.name) for f in fields(s) if not f.metadata["free"]}
     return same | {"batch": batch, "pictures": len(paths), "names": names, "sizes": sizes} | more
 
@@ -1273,6 +1277,7 @@ class Training:
     learning_rate: Callable[[int], float]  # of step i, from 0
     results: tuple[Path, ...]  # other files that --fresh removes
     net: nn.Module | None = None  # what is trained of the model, under DDP where ranks are several
+    named: set[int] = field(default_factory=set)  # unreadable pictures that were told
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -1364,10 +1369,11 @@ def check_finite(values: dict[str, float], step: int, shown: tuple[str, ...]) ->
 
 
 def check_pictures(t: Training, batch: dict[str, Tensor], unreadable: float) -> None:
-    """Names this rank's unreadable pictures. Raises UserError, in all ranks alike, where each one
-    is needed (with labels), or where more than a tenth of a step's pictures cannot be read."""
-    for index in batch["index"][batch["unreadable"] > 0].tolist():
+    """Names this rank's unreadable pictures, each once. Raises UserError, in all ranks alike, where
+    each one is needed (with labels), or where more than a tenth of a step's cannot be read."""
+    for index in set(batch["index"][batch["unreadable"] > 0].tolist()) - t.named:
         print(f"simfle: {t.faces.paths[index]} cannot be read.", file=sys.stderr, flush=True)
+        t.named.add(index)
     if unreadable > (0 if t.faces.labels else 1 + t.batches.batch / 10):
         raise UserError("the pictures named above cannot be read; mend or remove them.")
 
@@ -1567,6 +1573,8 @@ def features_of(s: Settings, world: World, net: nn.Module, faces: Faces,
         labels.append(batch["label"].to(world.device))
         progress.images += len(x)
         progress.show(progress.images, "pictures through the backbone")
+        if stop_asked.is_set():
+            raise UserError("stopped; the same command starts this evaluation again.", code=143)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -1965,6 +1973,8 @@ def checked(s: Settings) -> Settings:
         raise UserError("--epochs 0 is for --eval linear; give 1 or more.")
     if Path(s.name).name != s.name or s.name == "..":
         raise UserError(f"--name {s.name} must be one folder's name, without / or ..")
+    if (s.ffl, s.connection) == ("none", "direct"):
+        raise UserError("--connection direct has nothing to connect with --ffl none; drop one.")
     if s.ffl_size == s.patch and s.ffl != "none":
         raise UserError("--patch must be smaller than --ffl-size: one patch leaves none to guess.")
     return s
