@@ -1803,6 +1803,7 @@ RESNETS = {"small": small_resnet} | {
 
 GFLS = {"byol": lambda s, backbone: BYOL(backbone, s.hidden, s.outputs, s.tau)}
 MASKINGS = {"semantic": SemanticMasking, "random": RandomMasking}
+CONNECTIONS = ("distil", "direct")
 VITS = {"base": {}, "tiny": dict(  # base: `MaskedAutoencoder` as it stands
     width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4)}
 
@@ -1835,17 +1836,12 @@ class Settings:
     """All settings, and the command line (`batch_size` is `--batch-size`). Each says its unit and
     its source: a section of the paper, "authors" for their public code, "ours" for what neither
     gives. The defaults are the preset `paper`."""
-    data: str = setting("toy", "a folder of pictures, or a name in data/; toy: the demo (ours)",
-                        free=True)
-    name: str = setting("", "of the run: results go to runs/NAME; default: the data's name (ours)",
-                        free=True)
-    preset: str = setting("", "paper or laptop; default: laptop for toy, else paper (ours)",
-                          choices=PRESETS)
-    fresh: bool = setting(False, "start over, even where runs/NAME has a checkpoint (ours)",
-                          free=True)
+    data: str = setting("toy", "a folder, or a name in data/; toy: the demo (ours)", free=True)
+    name: str = setting("", "of the run, in runs/; default: the data's name (ours)", free=True)
+    preset: str = setting("", "paper, or laptop: toy's default (ours)", choices=PRESETS)
+    fresh: bool = setting(False, "start over, even where there is a checkpoint (ours)", free=True)
     # Length and rate
-    epochs: int = setting(100, "passes over the pictures (4.1); 0: linear, converged (ours)", 0,
-                          free=True)
+    epochs: int = setting(100, "passes (4.1); 0: linear, converged (ours)", 0, free=True)
     steps: int = setting(0, "steps in place of epochs; 0: epochs decide (ours)", 0, free=True)
     batch_size: int = setting(256, "images a step, over all processes (4.1)", 1, free=True)
     lr: float = setting(0.05, "learning rate per 256 images of a step (4.1)", 0, free=True)
@@ -1857,38 +1853,31 @@ class Settings:
     # Pictures
     view_size: int = setting(224, "pixels a side of a view (4.1)", 1)
     ffl_size: int = setting(112, "pixels a side of the image that FaceMAE sees (4.1)", 1)
-    crop_min: float = setting(0.08, "least share of a picture that a crop covers (4.1, SimCLR)",
-                              0, 1)
+    crop_min: float = setting(0.08, "least share that a crop covers (4.1, SimCLR)", 1e-3, 1)
     # The method
-    arch: str = setting("resnet50", "backbone: a torchvision ResNet, or small (4.1)",
-                        choices=RESNETS)
+    arch: str = setting("resnet50", "a torchvision ResNet, or small (4.1)", choices=RESNETS)
     hidden: int = setting(4096, "hidden width of the heads (authors)", 8)
     outputs: int = setting(256, "output width of the heads (authors)", 8)
     gfl: str = setting("byol", "byol; data/baselines.py has others (4.3)", choices=GFLS)
-    ffl: str = setting("semantic", "masking of FaceMAE: semantic or random; none: GFL alone (4.3)",
-                       choices=MASKINGS)
-    connection: str = setting("distil", "of the branches: distil, or direct: no L_d (4.3)",
-                              choices=("distil", "direct"))
+    ffl: str = setting("semantic", "semantic or random masking, or none (4.3)", choices=MASKINGS)
+    connection: str = setting("distil", "distil, or direct: no L_d (4.3)", choices=CONNECTIONS)
     tau: float = setting(0.99, "EMA decay of the target (authors)", 0, 1)
     groups: int = setting(32, "channel groups N_g (4.1)", 1)
-    mask_ratio: float = setting(0.75, "share of the patches that is masked (4.1)", 0, 1)
+    mask_ratio: float = setting(0.75, "share of the patches that is masked (4.1)", 0.01, 0.99)
     kappa: float = setting(0.02, "refinement of the masking, per channel; 0: none (ours)", 0)
     patch: int = setting(16, "pixels a side of a patch (4.1)", 1)
-    vit: str = setting("base", "the autoencoder: base as in MAE (4.1), or tiny (ours)",
-                       choices=VITS)
+    vit: str = setting("base", "autoencoder: base as in MAE (4.1), or tiny (ours)", choices=VITS)
     norm_pix: bool = setting(True, "normalise the autoencoder's pixels patch by patch (MAE)")
     alpha: float = setting(0.3, "weight of L_d (4.3)", 0)
     beta: float = setting(0.03, "weight of L_g (4.3)", 0)
     temperature: float = setting(4.0, "of the distillation's softmax (3.3)", 1e-3)
     # Evaluation
-    eval: str = setting("", "evaluate a run by linear (if nothing is said), semi or finetune (B)",
-                        free=True, choices=PROTOCOLS["paper"])
-    labels: float = setting(0.01, "share of the labels that --eval semi uses (B.2)", 1e-9,
-                            1, free=True)
+    eval: str = setting("", "evaluate by linear (the default), semi or finetune (B)", free=True,
+                        choices=PROTOCOLS["paper"])
+    labels: float = setting(0.01, "share that --eval semi uses (B.2)", 1e-6, 1, free=True)
     oversample: bool = setting(False, "see every class equally often (Table 2)", free=True)
     # Machine
-    workers: int = setting(-1, "loader workers a process; -1: its share of the cores (ours)", -1,
-                           free=True)
+    workers: int = setting(-1, "loader workers; -1: share of the cores (ours)", -1, free=True)
     save_every: int = setting(500, "steps between checkpoints (ours)", 1, free=True)
     log_every: int = setting(20, "steps between two lines of log.jsonl (ours)", 1, free=True)
     tag: str = field(default="", metadata={"free": True})  # what tells an evaluation's files apart

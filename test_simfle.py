@@ -1958,7 +1958,7 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
             ([*new, "--eval", "--labels", "0.5"], "--labels is for --eval semi:"),
             ([*new, "--eval", "--init", "imagenet"], "no ImageNet weights for --arch small"),
             ([*new, "--eval", "cubic"], "--eval cubic is not one of"),
-            ([*new, "--eval", "semi", "--labels", "1.5"], "--labels must be from 1e-09 to 1"),
+            ([*new, "--eval", "semi", "--labels", "1.5"], "--labels must be from 1e-06 to 1"),
             (["--data", "colours", *PLAIN, "--arch", "resnet18"], "does not fit this net")):
         assert words in complaint(args, trained, monkeypatch, capsys)
     (tmp_path / "new/val/1_b").rename(tmp_path / "new/val/1_c")
@@ -2030,7 +2030,7 @@ def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch
     (["--patch", "28"], "--patch must be smaller than --ffl-size"),
     (["--batch-size", "0"], "--batch-size must be from 1 to inf, not 0"),
     (["--hidden", "4"], "--hidden must be from 8 to inf, not 4"),
-    (["--mask-ratio", "1.5"], "--mask-ratio must be from 0 to 1, not 1.5"),
+    (["--mask-ratio", "1.5"], "--mask-ratio must be from 0.01 to 0.99, not 1.5"),
     (["--alpha", "-0.1"], "--alpha must be from 0 to inf, not -0.1"),
     (["--lr", "nan"], "--lr must be from 0 to inf, not nan"),
     (["--epochs", "0"], "--epochs 0 is for --eval linear"),
