@@ -1950,7 +1950,8 @@ def checked(s: Settings) -> Settings:
         option, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
         low, high, names = (f.metadata.get(k) for k in ("low", "high", "choices"))
         if isinstance(value, (int, float)) and not low <= value <= high:
-            raise UserError(f"{option} must be from {low:g} to {high:g}, not {value}.")
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"{option} must be {bounds}, not {value}.")
         if names and value and value not in names and (f.name, value) != ("ffl", "none"):
             raise UserError(f"{option} {value} is not one of {', '.join(names)}; a part of your "
                             f"own is known to the script that adds it.")
