@@ -85,7 +85,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
@@ -1565,7 +1565,7 @@ def features_of(s: Settings, world: World, net: nn.Module, faces: Faces,
     the device. Raises UserError."""
     keys, progress = [(0, i, i) for i in range(len(faces))], Progress(world, 0, len(faces))
     features, labels = [], []
-    for batch in make_loader(s, world, faces, chunks(keys, 256)):
+    for batch in make_loader(s, world, faces, BatchSampler(keys, 256, drop_last=False)):
         for i in batch["index"][batch["unreadable"] > 0].tolist():
             raise UserError(f"{faces.paths[i]} cannot be read; mend or remove it.")
         x = normalise(batch["image"].to(world.device), colours)
@@ -1576,10 +1576,6 @@ def features_of(s: Settings, world: World, net: nn.Module, faces: Faces,
         if stop_asked.is_set():
             raise UserError("stopped; the same command starts this evaluation again.", code=143)
     return torch.cat(features), torch.cat(labels)
-
-
-def chunks(keys: list, size: int) -> list[list]:
-    return [keys[i:i + size] for i in range(0, len(keys), size)]
 
 
 @torch.enable_grad()
@@ -1640,7 +1636,7 @@ def confusion_matrix(s: Settings, world: World, net: nn.Module, faces: Faces, co
     counts = torch.zeros(classes**2 + 1, device=world.device)  # and how many cannot be read
     broadcast(world, net.state_dict().values())  # one net is tested: rank 0's BatchNorm statistics
     net.eval()
-    for batch in make_loader(s, world, faces, chunks(keys, 256)):
+    for batch in make_loader(s, world, faces, BatchSampler(keys, 256, drop_last=False)):
         for i in batch["index"][batch["unreadable"] > 0].tolist():
             print(f"simfle: {faces.paths[i]} cannot be read.", file=sys.stderr, flush=True)
         batch = {k: v.to(world.device) for k, v in batch.items()}
