@@ -1154,9 +1154,8 @@ def load_weights(path: Path, module: nn.Module, state) -> None:
 def save_checkpoint(t: Training, done: int) -> None:
     """What must be equal to resume, the steps done, the next learning rate, the model's weights,
     and the optimiser's momenta in the order of its parameters."""
-    momenta = [t.optimizer.state[p].get("momentum_buffer") for p in t.parameters]
     content = {"same": t.same, "step": done, "rate": t.learning_rate(done),
-               "model": t.model.state_dict(), "momenta": momenta}
+               "model": t.model.state_dict(), "momenta": t.momenta}
     write_whole(t.path, lambda file: torch.save(content, file))
 
 
@@ -1180,25 +1179,12 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
         raise UserError(f"{t.path} comes from other settings ({'; '.join(differ)}); repeat them, "
                         f"give this run another --name, or start over with --fresh.")
     load_weights(t.path, t.model, saved["model"])
-    for p, momentum in zip(t.parameters, saved["momenta"]):
-        if momentum is not None:
-            t.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
+    for own, momentum in zip(t.momenta, saved["momenta"]):
+        own.copy_(momentum)
     told, rate = f"resumes after step {saved['step']:,}", t.learning_rate(saved["step"])
     if not math.isclose(rate, saved["rate"], rel_tol=1e-6, abs_tol=1e-12):
         told += f", where the learning rate was {saved['rate']:.4g} and is now {rate:.4g}"
     return saved["step"], told
-
-
-@torch.no_grad()
-def share_state(world: World, t: Training) -> None:
-    """Rank 0's weights and momenta reach the other ranks, tensor by tensor."""
-    state = t.optimizer.state
-    there = from_rank0(world, lambda: ["momentum_buffer" in state[p] for p in t.parameters])
-    tensors = list(t.model.state_dict().values())
-    for p, has_momentum in zip(t.parameters, there):
-        if has_momentum:
-            tensors.append(state[p].setdefault("momentum_buffer", torch.empty_like(p)))
-    broadcast(world, tensors)
 
 
 def size_of(path: str) -> int:
@@ -1282,6 +1268,10 @@ class Training:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return self.optimizer.param_groups[0]["params"]
+
+    @property
+    def momenta(self) -> list[Tensor]:
+        return [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
 
     @property
     def log(self) -> Path:
@@ -1370,7 +1360,7 @@ def check_finite(values: dict[str, float], step: int, shown: tuple[str, ...]) ->
 
 def check_pictures(t: Training, batch: dict[str, Tensor], unreadable: float) -> None:
     """Names this rank's unreadable pictures, each once. Raises UserError, in all ranks alike, where
-    each one is needed (with labels), or where more than a tenth of a step's cannot be read."""
+    each one is needed (with labels), or where more than 1 + a tenth of a step's are."""
     for index in set(batch["index"][batch["unreadable"] > 0].tolist()) - t.named:
         print(f"simfle: {t.faces.paths[index]} cannot be read.", file=sys.stderr, flush=True)
         t.named.add(index)
@@ -1407,14 +1397,18 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad],
                                 lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay,
                                 fused=world.device.type == "cuda")
+    for p in optimizer.param_groups[0]["params"]:  # else SGD makes them in the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     t = Training(path, identity(s, world, data, faces.paths, batch, **more), model, optimizer,
                  faces, batches, learning_rate, results)
     batches.first, told = from_rank0(world, lambda: load_checkpoint(t, s.fresh))
-    share_state(world, t)
+    broadcast(world, [*model.state_dict().values(), *t.momenta])  # rank 0's, tensor by tensor
     from_rank0(world, lambda: cut_log(t.log, batches.first))
     t.net = in_parallel(world, trained)
     if batches.first >= batches.last:
-        told = "complete; --fresh would start over"
+        told = f"complete after {batches.first:,}; --fresh would start over"
+    if batches.first and s.init and not s.eval:
+        told += "; --init is ignored"
     say(world, f"{path}: {len(faces):,} pictures of {data}, {batches.last:,} steps of {batch} "
                f"images ({world.size} × {share} on {world.device.type}), learning rate "
                f"{s.lr * batch / 256:g}; {told}")
@@ -1677,7 +1671,7 @@ def default_start(s: Settings, world: World) -> Path:
     backbone = folder / "backbone.pt"
     if s.eval != "finetune":
         return backbone
-    own = run_settings(s.name).get("data", s.data)
+    own = from_rank0(world, lambda: run_settings(s.name).get("data", s.data))
     linear = folder / f"linear-{data_name(own)}.pt"
 
     def is_current() -> bool:
@@ -1688,7 +1682,7 @@ def default_start(s: Settings, world: World) -> Path:
         if data_name(own) != data_name(s.data):
             raise UserError(f"{linear} is missing, or of another backbone; make it by `python "
                             f"simfle.py --data {own} --name {s.name} --eval`, or give an --init.")
-        evaluate(linear_settings(s), world)
+        evaluate(from_rank0(world, lambda: linear_settings(s)), world)
     return linear
 
 
@@ -1734,7 +1728,8 @@ def evaluate(s: Settings, world: World) -> dict:
         result = {"reported": "converged", "strength": strength}
     faces = Faces(val_paths, image_size=s.view_size, labels=val_labels)
     confusion = confusion_matrix(s, world, net, faces, colours, len(classes))
-    result |= summary(confusion, classes) | dict(protocol=s.eval, settings=asdict(s), start=start)
+    result |= summary(confusion, classes) | dict(
+        protocol=s.eval, settings=asdict(s), start=start, pretraining=run_settings(s.name))
 
     def save() -> None:
         state = {k: v.cpu() for k, v in net.state_dict().items()}
@@ -1917,15 +1912,16 @@ def read_settings(args: dict) -> Settings:
     data = args.get("data", "toy")
     usual = trained.get("preset") or ("laptop" if Path(data).name == "toy" else "paper")
     preset = args.get("preset") or usual
-    s = checked(Settings(**args | {"preset": preset, "name": name or data_name(data)}))
-    base = {"preset": preset} | PRESETS[preset]
+    name = name or data_name(data)
+    checked(Settings(name=name, preset=preset, eval=protocol))
+    base = {"name": name, "preset": preset} | PRESETS[preset]
     if protocol:
         base |= {"steps": 0} | PROTOCOLS[preset][protocol]
         base |= {k: trained[k] for k in ("arch", "view_size", "crop_min") if k in trained}
         base["tag"] = tag_of(asdict(Settings()) | base | {"preset": usual}, args)
     if "epochs" in args:
         base["steps"] = 0  # asked for in epochs, a preset's steps do not count
-    return checked(replace(s, **base | {k: v for k, v in args.items() if k != "name"}))
+    return checked(Settings(**base | args | {"name": name}))
 
 
 def tag_of(usual: dict, args: dict) -> str:
@@ -1935,7 +1931,8 @@ def tag_of(usual: dict, args: dict) -> str:
         value = args.get(name, usual[name])
         if value != usual[name]:
             if name == "init":
-                value = "-".join(Path(value).with_suffix("").parts[-2:])
+                parts_of_path = Path(value).with_suffix("").parts[-2:]
+                value = "-".join(part.strip("/\\:") for part in parts_of_path)
             parts.append(name.replace("_", "-") + ("" if value is True else f"-{value}"))
     return "-".join(parts)
 
@@ -1949,8 +1946,8 @@ def checked(s: Settings) -> Settings:
             bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
             raise UserError(f"{option} must be {bounds}, not {value}.")
         if names and value and value not in names and (f.name, value) != ("ffl", "none"):
-            raise UserError(f"{option} {value} is not one of {', '.join(names)}; a part of your "
-                            f"own is known to the script that adds it.")
+            raise UserError(f"{option} {value} is not one of {', '.join(names)}; other methods are "
+                            f"in data/baselines.py, and a part of your own in its own script.")
     for name, where, there in (("oversample", "--eval", s.eval),
                                ("labels", "--eval semi", s.eval == "semi")):
         if getattr(s, name) != getattr(Settings, name) and not there:
@@ -2009,8 +2006,9 @@ def demo(s: Settings, world: World) -> None:
         evaluate(s, world)
         return
     pretrain(s, world)
-    untrained = evaluate(linear_settings(s, init="random"), world)
-    trained = evaluate(linear_settings(s), world)
+    untrained, trained = (
+        evaluate(from_rank0(world, lambda: linear_settings(s, **more)), world)
+        for more in ({"init": "random", "seed": s.seed}, {}))
     from_rank0(world, lambda: run_program("figures.py", s.name))
     say(world, f"Linear accuracy on {trained['images']} held-out toy faces of "
                f"{len(trained['per_class'])} expressions: {untrained['accuracy']:.1f} % with the "
@@ -2056,7 +2054,8 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
         stop_asked.clear()
     # Loader workers are ended, or Python would wait for them. Their end is no news any more.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if hasattr(signal, "SIGCHLD"):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
     return code

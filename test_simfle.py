@@ -823,7 +823,7 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
     assert Path("runs/faces/backbone.pt").exists()
     del S.RESNETS["mine"]  # as in the plain program
     told = complaint(["--data", toy, "--eval"], tmp_path, monkeypatch, capsys)
-    assert "--arch mine is not one of small, resnet101" in told and "script that adds it" in told
+    assert "--arch mine is not one of small, resnet101" in told and "own in its own script" in told
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
@@ -1791,6 +1791,19 @@ def test_results_of_other_options_have_files_of_their_own(trained, monkeypatch):
 def test_evaluations_that_differ_have_names_that_differ(one, other):
     one, other = (settings(["--data", "colours", "--eval", *args.split()]) for args in (one, other))
     assert one.tag != other.tag
+
+
+def test_sizes_are_checked_with_their_preset_and_names_have_no_slash():
+    assert settings(["--preset", "laptop", "--data", "d", "--ffl-size", "16"]).ffl_size == 16
+    assert "/" not in settings(["--data", "d", "--eval", "--init", "/b.pt"]).tag
+
+
+def test_sigterm_ends_a_converged_evaluation(trained, monkeypatch):
+    real = S.normalise
+    monkeypatch.setattr(S, "normalise", lambda *args: (S.stop_asked.set(), real(*args))[1])
+    before = files_of(trained)
+    assert in_process("--name", "colours", *PLAIN, cwd=trained, monkeypatch=monkeypatch) == 143
+    assert files_of(trained) == before
 
 
 def test_an_evaluation_starts_over_where_its_starting_weights_have_changed(trained, monkeypatch,
