@@ -814,7 +814,7 @@ def read_picture(path: str) -> Tensor:
     with Image.open(path) as picture:
         if picture.mode.startswith("I"):  # 16 bits; Pillow would cut 65,535 off at 255
             picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
-        return TF.pil_to_tensor(picture.convert("RGB"))
+        return TF.pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def resize(x: Tensor, size: int) -> Tensor:
@@ -823,7 +823,7 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 
 class Faces(Dataset):
-    """What a step needs of one picture. faces[epoch, place, index] -> a dict of tensors. (Sec. 4.1)
+    """What a step needs of one picture. faces[epoch, place, index] -> a dict. (Sec. 4.1)
 
     views (crops, 3, 224, 224) uint8, random crops; image (3, 112, 112) uint8, the whole picture;
     index; label, where there are labels; unreadable, 1 where the picture could not be read. The
@@ -848,9 +848,9 @@ class Faces(Dataset):
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
         epoch, place, index = key
         picture, unreadable = self.read(index)
-        item = {"index": torch.tensor(index), "unreadable": torch.tensor(float(unreadable))}
+        item = {"index": index, "unreadable": float(unreadable)}
         if self.labels is not None:
-            item["label"] = torch.tensor(self.labels[index])
+            item["label"] = self.labels[index]
         if self.image_size:
             item["image"] = resize(picture, self.image_size)
         if self.crops:
