@@ -414,14 +414,15 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
 # avoid masking fine-grained facial landmarks, which are difficult to reconstruct." Nothing so far
 # lets it try: a sort has no gradient, so L_r does not know that other scores would have given it
-# another mask. What the gradient ought to say is plain, though: a masked patch that was harder than
-# the others should rise in score, an easier one sink. So the mask is made soft at its threshold,
+# another mask. What the gradient ought to do is plain, though: the score of a masked patch should
+# increase if the patch was harder than the others, and decrease if it was easier. So the mask is
+# made soft at its threshold,
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i),
 #
 # near 1 for what is surely masked, ½ at the threshold r_thr, which is the last score that was kept.
-# A term is added to L_r whose value is 0 (soft_i minus itself) and whose gradient is that of soft_i
-# weighed by the error: straight through, as if the mask were the soft one,
+# A term of value 0 (soft_i minus itself) is added to L_r. Its gradient is that of soft_i weighed by
+# the error. It is a surrogate of our own:
 #
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − const),      ∂/∂r_i = −M_i (e_i − ē) σ′_i / N_m,
 #
@@ -616,11 +617,11 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 
     zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over them, averaged over the batch.
 
-    Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)), its order and gradient left open. As in the
-    authors' code, z̄ teaches: KL(ψ(z̄/t) ‖ ψ(z_i/t)), the order in which all that the teacher finds
-    likely must be covered, with z̄ a constant. (Which changes nothing in this order: the gradients
-    by z̄ cancel, as Σ_i (z̄ − z_i) = 0.) t² is Hinton's: the softmax's gradient shrinks by 1/t, the
-    difference of the distributions by another, and t² makes the size independent of t.
+    Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)) and leaves order and gradient open. As in
+    the authors' code, z̄ is the teacher: KL(ψ(z̄/t) ‖ ψ(z_i/t)), the mode-covering direction. z̄ is
+    a constant. (This changes nothing here: the gradients with respect to z̄ cancel, as
+    Σ_i (z̄ − z_i) = 0.) t² is Hinton's. The softmax's gradient shrinks by 1/t, the difference of
+    the distributions by another 1/t, and t² makes the size independent of t.
 
         zs = list(torch.randn(3, 8, 256, requires_grad=True))
         L_d = distillation_loss(zs, t=4.0)
@@ -757,6 +758,7 @@ def seed_of(*key) -> int:
 
 
 def generator_of(*key) -> torch.Generator:
+    """A generator of the CPU that starts from `seed_of` this key. (ours)"""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
@@ -926,14 +928,17 @@ def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, f: Tensor) -> Tensor:
+    """Towards black, or for f above 1 away from it. (Sec. 4.1, SimCLR)"""
     return blend(x, 0.0, f)
 
 
 def adjust_contrast(x: Tensor, f: Tensor) -> Tensor:
+    """Towards the image's mean grey, or away from it. (Sec. 4.1, SimCLR)"""
     return blend(x, grey(x).mean(dim=(1, 2, 3), keepdim=True), f)
 
 
 def adjust_saturation(x: Tensor, f: Tensor) -> Tensor:
+    """Towards each pixel's grey, or away from it. (Sec. 4.1, SimCLR)"""
     return blend(x, grey(x), f)
 
 
@@ -1110,6 +1115,7 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """`content` as a whole file. Raises UserError."""
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
@@ -1188,7 +1194,8 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
 
 
 def size_of(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0  # 0: a dangling link
+    """A file's bytes; 0 for a dangling link."""
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int, **more) -> dict:
@@ -1225,6 +1232,7 @@ class Progress:
 
 
 def write_line(path: Path, record: dict) -> None:
+    """Adds a line of JSON to a log."""
     with open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -1447,7 +1455,7 @@ def pretrain(s: Settings, world: World) -> None:
 
 
 # ================================ Part III: evaluation ================================
-# Supplement B. Only the backbone is left, with a linear layer on top: a torchvision ResNet.
+# Supplement B. Only the backbone is left, with a linear layer on top. It is a torchvision ResNet.
 #
 #     linear      B.1        trains the layer alone; backbone and BatchNorm statistics are frozen
 #     semi        B.2        trains everything, on a share of the labels
@@ -1506,6 +1514,7 @@ def data_name(data: str) -> str:
 
 
 def head_state(net: nn.Module) -> dict[str, Tensor]:
+    """The part of a ResNet's state dict that is its linear head."""
     return {f"fc.{k}": v for k, v in net.fc.state_dict().items()}
 
 
@@ -1576,10 +1585,11 @@ def features_of(s: Settings, world: World, net: nn.Module, faces: Faces,
 def converged_head(x: Tensor, y: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, float]:
     """Multinomial logistic regression on frozen features, until its gradient is small. (ours)
 
-    What it finds does not depend on a rate or a number of epochs. Features are standardised; L-BFGS
-    minimises mean cross-entropy + λ/2 ‖W‖², without the bias in ‖W‖, until no entry of the gradient
-    is above 1e-5, or for 5,000 iterations. λ falls from 10 to 1e-4, or until the cross-entropy on a
-    fifth of the images rises, the same fifth in every call; then all of them are fitted.
+    What it finds does not depend on a rate or a number of epochs. Features are standardised. L-BFGS
+    minimises mean cross-entropy + λ/2 ‖W‖², without the bias in ‖W‖. It ends when no entry of the
+    gradient is above 1e-5, or after 5,000 iterations. λ falls from 10 to 1e-4, or until the
+    cross-entropy on a fifth of the images rises, the same fifth in every call. Then all images are
+    fitted with the best λ.
 
     x: (N, c′). y: (N,) labels. mass: (classes,) weight of an image of each class. Returns weights
     (classes, c′) and bias (classes,), float64, for features as they are; and λ. Raises

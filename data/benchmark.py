@@ -60,6 +60,27 @@ def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
     return rates
 
 
+def peak_rate(device: torch.device) -> float:
+    """Multiply-adds a second of a large matrix product, in the precision of training."""
+    seconds = defaultdict(list)
+    kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    a = torch.randn(n, n, device=device, dtype=kind)
+    for _ in range(20):
+        with timed(seconds, device, "product"):
+            a @ a
+    return n**3 / min(seconds["product"])
+
+
+def most_memory(cuda: bool) -> float:
+    """The most bytes that this process has held, on the GPU if there is one."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def benchmark(s: simfle.Settings, world: simfle.World) -> None:
     """Prints what loader and step do in a second, part by part.
 
@@ -106,16 +127,8 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
     step = seconds.pop("whole")[0] / steps
     if world.rank == 0:
         images, macs = t.batches.batch, counter.get_total_flops() / 2
-        memory = (torch.cuda.max_memory_allocated() if cuda else math.nan if resource is None else
-                  resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                  * (1 if sys.platform == "darwin" else 1024))
         parts = {f"  {part}": 1000 * sum(v) / steps for part, v in seconds.items()}
-        kind, n = (torch.bfloat16, 8192) if cuda else (torch.float32, 1024)
-        a = torch.randn(n, n, device=world.device, dtype=kind)
-        for _ in range(20):
-            with clock("product"):
-                a @ a
-        peak = n**3 / min(seconds["product"])  # multiply-adds a second, in training's precision
+        memory, peak = most_memory(cuda), peak_rate(world.device)
         name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
         print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
               f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
