@@ -7,7 +7,6 @@ Takes the options of simfle.py. Trains nothing and keeps nothing.
 """
 
 import contextlib
-import math
 import os
 import sys
 import tempfile
@@ -25,16 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import baselines  # noqa: F401  (its methods can be timed too)
 import simfle
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
-    """Appends to seconds[name] the time of the `with` block, or of each call of the function that
-    it decorates."""
+    """Appends to seconds[name] how long the `with` block takes, the device's work included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -53,7 +46,7 @@ def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
         list(islice(loading, 2 * workers))  # what may stand ready before the clock starts
         start = time.perf_counter()
         while spent < seconds:  # whole rounds: the batches of one come almost at once
-            images += sum(len(batch["index"]) for batch in islice(loading, workers))
+            images += sum(len(batch["image"]) for batch in islice(loading, workers))
             spent = time.perf_counter() - start
         rates[workers] = images / spent
         del loading
@@ -62,23 +55,12 @@ def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
 
 def peak_rate(device: torch.device) -> float:
     """Multiply-adds a second of a large matrix product, in the precision of training."""
-    seconds = defaultdict(list)
     kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
-    a = torch.randn(n, n, device=device, dtype=kind)
+    a, seconds = torch.randn(n, n, device=device, dtype=kind), defaultdict(list)
     for _ in range(20):
         with timed(seconds, device, "product"):
             a @ a
     return n**3 / min(seconds["product"])
-
-
-def most_memory(cuda: bool) -> float:
-    """The most bytes that this process has held, on the GPU if there is one."""
-    if cuda:
-        return torch.cuda.max_memory_allocated()
-    if resource is None:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def benchmark(s: simfle.Settings, world: simfle.World) -> None:
@@ -86,18 +68,15 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
 
     Means of as many steps as fit five seconds, the first two left out. The device is waited for
     before and after each part, so that on a GPU a step takes a little longer than in training."""
-    data = simfle.find_data(s.data)
-    faces = simfle.Faces(simfle.find_pictures(
-        data / "train" if (data / "train").is_dir() else data), s.view_size, 2, s.ffl_size,
-        s.crop_min, s.seed)
-    model = simfle.build_model(s)
+    data, seconds = simfle.find_data(s.data), defaultdict(list)
+    paths = simfle.find_pictures(data / "train" if (data / "train").is_dir() else data)
+    faces = simfle.Faces(paths, s.view_size, 2, s.ffl_size, s.crop_min, s.seed)
+    model, clock = simfle.build_model(s), partial(timed, seconds, world.device)
     with tempfile.TemporaryDirectory() as nowhere:  # there is nothing to resume from
         t = simfle.set_up(s, world, model, model, faces, Path(nowhere, "checkpoint.pt"))
     t.batches.last = 10**9
     batch = torch.utils.data.default_collate([faces[k] for k in next(iter(t.batches))])
     batch = {k: v.to(world.device) for k, v in batch.items()}
-    seconds, cuda = defaultdict(list), world.device.type == "cuda"
-    clock = partial(timed, seconds, world.device)
 
     def take() -> None:
         """A step of `simfle.fit`, in parts."""
@@ -109,7 +88,7 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
         with clock("backward"):
             out["loss"].backward()
         with clock("values"):
-            simfle.reduced(world, out | {"unreadable": out["loss"] * 0}, t.parameters)
+            simfle.reduced(world, t.net, out)
         with clock("optimiser, EMA"):
             t.optimizer.step()
             t.optimizer.zero_grad(set_to_none=False)
@@ -126,23 +105,30 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
             take()
     step = seconds.pop("whole")[0] / steps
     if world.rank == 0:
-        images, macs = t.batches.batch, counter.get_total_flops() / 2
-        parts = {f"  {part}": 1000 * sum(v) / steps for part, v in seconds.items()}
-        memory, peak = most_memory(cuda), peak_rate(world.device)
-        name = torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores"
-        print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
-              f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
-        rates = loader_rates(s, world, faces, t.batches, 5)
-        rows = [(f"loader, {n} workers", v, "images/s") for n, v in rates.items()]
-        rows += [("step", images / step, "images/s"), ("step", 1000 * step, "ms")]
-        rows += [(part, v, "ms") for part, v in parts.items()]
-        rows += [("memory of a process", memory / 2**30, "GB at most"),
-                 ("arithmetic", macs * world.size / images / 1e9,
-                  "G multiply-adds an image, both ways"),
-                 ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s "
-                  f"that a large matrix product reaches in one process")]
-        for what, number, unit in rows:
-            print(f"{what:24}{number:14,.2f} {unit}")
+        report(s, world, t, step, {part: sum(v) / steps for part, v in seconds.items()},
+               counter.get_total_flops() / 2)
+
+
+def report(s: simfle.Settings, world: simfle.World, t: simfle.Training, step: float,
+           parts: dict[str, float], macs: float) -> None:
+    """Prints the table: a step's seconds, those of its parts, and a rank's multiply-adds."""
+    images, name, memory = t.batches.batch, f"{os.cpu_count()} CPU cores", []
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        memory = [("GPU memory", torch.cuda.max_memory_allocated() / 2**30, "GB at most")]
+    peak = peak_rate(world.device)
+    print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
+          f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
+    rates = loader_rates(s, world, t.faces, t.batches, 5)
+    for what, number, unit in (
+            *((f"loader, {n} workers", v, "images/s") for n, v in rates.items()),
+            ("step", images / step, "images/s"), ("step", 1000 * step, "ms"),
+            *((f"  {part}", 1000 * v, "ms") for part, v in parts.items()),
+            *memory,
+            ("arithmetic", macs * world.size / images / 1e9, "G multiply-adds an image, both ways"),
+            ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s that "
+             f"a large matrix product reaches in one process")):
+        print(f"{what:24}{number:14,.2f} {unit}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,10 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         args = simfle.read_arguments(argv)
         with simfle.processes() as world:
             benchmark(simfle.read_settings(args), world)
+        return 0
     except simfle.UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,47 +29,33 @@ import simfle
 
 def load_net(init: str, s: simfle.Settings, world: simfle.World, pictures: simfle.Faces, colours,
              calibrate: bool) -> nn.Module:
-    """The ResNet whose features are probed, in eval mode. Raises UserError.
+    """The ResNet whose pooled features are probed, without `fc` and in eval mode. Raises UserError.
 
     An untrained net has the BatchNorm statistics that it starts with, mean 0 and variance 1, as it
     has in `simfle.py --eval --init random`; with `calibrate`, those of `pictures`."""
+    if init == "pixels":
+        return nn.Flatten()
     torch.manual_seed(s.seed)
     net = simfle.RESNETS[s.arch]().to(world.device, memory_format=torch.channels_last)
+    net.fc = nn.Identity()
     if init != "random":
         path = init or Path("runs", s.name, "backbone.pt")
-        state = simfle.load_start(path, s.arch)["model"]
-        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-        simfle.load_weights(path, net, state | simfle.head_state(net))
+        simfle.load_weights(path, net, simfle.load_start(path, s.arch)["model"])
     elif calibrate:
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = None  # the mean over all batches, not a moving average
-        simfle.features_of(s, world, net.train(), pictures, colours)
+        simfle.outputs_of(s, world, net.train(), pictures, colours)
     return net.eval()
 
 
-def pixels_of(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
-              colours) -> tuple[Tensor, Tensor]:
-    """As `simfle.features_of`: the pictures themselves, (N, 3 · 16 · 16)."""
-    items = [faces[0, i, i] for i in range(len(faces))]
-    for path in (path for path, item in zip(faces.paths, items) if item["unreadable"]):
-        raise simfle.UserError(f"{path} cannot be read; mend or remove it.")
-    x = simfle.normalise(torch.stack([item["image"] for item in items]), colours)
-    return x.flatten(1), torch.tensor(faces.labels)
-
-
 def probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: list[str]) -> dict:
-    """Fits on `train` and tests on `val`, each features (N, c′) and labels (N,).
-
-    Returns accuracy, mean_accuracy (of the classes) and per_class in percent, and the strength of
-    the L2 penalty that was chosen."""
-    K = len(classes)
-    weight, bias, strength = simfle.converged_head(*train, torch.ones(K, device=train[0].device))
+    """Fits on `train` and tests on `val`, each features (N, c′) and labels (N,). Returns accuracy,
+    mean_accuracy (of the classes) and per_class, in percent."""
+    weight, bias = simfle.converged_head(*train, torch.ones(len(classes), device=train[0].device))
     guess = (val[0].double() @ weight.T + bias).argmax(dim=1)
-    confusion = torch.bincount(val[1] * K + guess, minlength=K**2).cpu()
-    result = simfle.summary(confusion.reshape(K, K), classes)
-    return {k: result[k] for k in ("accuracy", "mean_accuracy", "per_class")} | {
-        "strength": strength}
+    result = simfle.summary(guess, val[1], classes)
+    return {k: result[k] for k in ("accuracy", "mean_accuracy", "per_class")}
 
 
 def correlation(x: Tensor, y: Tensor) -> Tensor:
@@ -80,25 +65,23 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_refinement(model: simfle.SimFLE, images: Tensor,
-                       colours=(simfle.MEAN, simfle.STD), rounds: int = 4) -> dict:
+def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4) -> dict:
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
-    images: (N, 3, 112, 112) uint8, held out. `error_map`: the error of every patch where a random
-    mask hides it; `keep_map`: the share of the groups that keep it; (49,) each, means over the
-    images. `positions` correlates these maps, `within_image` each image's own two, on average. With
-    random masking, `keep_map` is what the scores would keep."""
-    device, masking = next(model.parameters()).device, model.ffl.masking
-    draw, was_training = simfle.generator_of("measure"), model.training
+    images: (N, 3, 112, 112), normalised, held out, on the model's device. `error_map`: the error of
+    every patch where a random mask hides it; `keep_map`: the share of the groups that keep it;
+    (49,) each, means over the images. `positions` correlates these maps, `within_image` each
+    image's own two, on average. With random masking, `keep_map` is what the scores would keep."""
+    masking, was_training = model.ffl.masking, model.training
+    draw = simfle.generator_of("measure")
     model.eval()
     errors, keeps = [], []
-    for chunk in images.split(64):
-        I = simfle.normalise(chunk.to(device), colours)
+    for I in images.split(64):
         C = model.ffl.grouping(model.backbone(I)[0])
         keeps.append(sum(1 - simfle.mask_lowest(masking.scores(C, group), masking.ratio)[1]
-                         for group in torch.arange(masking.groups, device=device)
+                         for group in torch.arange(masking.groups, device=I.device)
                          [:, None].expand(-1, len(I))) / masking.groups)
-        turn = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1).to(device)
+        turn = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1).to(I.device)
         error = times = shift = 0
         for _ in range(max(rounds, math.ceil(1 / masking.ratio))):  # until each has been masked:
             keep, mask = simfle.mask_lowest(((turn + shift) % turn.shape[1]).float(), masking.ratio)
@@ -113,19 +96,17 @@ def measure_refinement(model: simfle.SimFLE, images: Tensor,
                 keep_map=[round(v, 4) for v in kept.mean(0).tolist()])
 
 
-def refinement(s: simfle.Settings, paths: list[str], colours) -> dict:
+def refinement(s: simfle.Settings, world: simfle.World, paths: list[str], colours) -> dict:
     """`measure_refinement` of a run's last checkpoint on whole pictures. Raises UserError."""
     if s.ffl == "none":
         raise simfle.UserError(f"{s.name} was trained with --ffl none: it has no masking to "
                                f"measure.")
     path = Path("runs", s.name, "checkpoint.pt")
-    model = simfle.build_model(s)
+    model = simfle.build_model(s).to(world.device)
     simfle.load_weights(path, model, simfle.load_file(path)["model"])
     faces = simfle.Faces(paths, image_size=s.ffl_size, labels=[0] * len(paths))
-    items = [faces[0, i, i] for i in range(len(faces))]
-    for path in (path for path, item in zip(paths, items) if item["unreadable"]):
-        raise simfle.UserError(f"{path} cannot be read; mend or remove it.")
-    return measure_refinement(model, torch.stack([item["image"] for item in items]), colours)
+    images, _ = simfle.outputs_of(s, world, nn.Identity(), faces, colours)
+    return measure_refinement(model, images)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -139,9 +120,9 @@ def run(args: argparse.Namespace) -> dict:
         raise simfle.UserError(f"there is no run {args.run} with a checkpoint in "
                                f"{Path.cwd()}/runs, which has {there or 'none'}: choose one of "
                                f"these, or pre-train one.")
-    s = simfle.Settings(**stored)
-    s = simfle.checked(replace(s, name=args.run, workers=args.workers,
-                               seed=s.seed if args.seed is None else args.seed))
+    seed = stored["seed"] if args.seed is None else args.seed
+    s = simfle.checked(simfle.Settings(
+        **stored | {"name": args.run, "seed": seed, "workers": args.workers}))
     folder, world = simfle.find_data(args.data or s.data), simfle.World()
     if torch.cuda.is_available():
         world = simfle.World(device=torch.device("cuda"))
@@ -151,17 +132,14 @@ def run(args: argparse.Namespace) -> dict:
     if classes != same:
         raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
     if args.refinement:
-        result = refinement(s, val[0], colours)
+        result = refinement(s, world, val[0], colours)
     else:
         size = 16 if args.init == "pixels" else s.view_size
-        splits = [simfle.Faces(paths, image_size=size, labels=labels) for paths, labels in
-                  (train, val)]
-        if args.init == "pixels":
-            found = [pixels_of(s, world, faces, colours) for faces in splits]
-        else:
-            net = load_net(args.init, s, world, splits[0], colours, args.calibrate)
-            found = [simfle.features_of(s, world, net, faces, colours) for faces in splits]
-        result = probe(*found, classes)
+        splits = [simfle.Faces(paths, image_size=size, labels=labels)
+                  for paths, labels in (train, val)]
+        net = load_net(args.init, s, world, splits[0], colours, args.calibrate)
+        result = probe(*(simfle.outputs_of(s, world, net, faces, colours) for faces in splits),
+                       classes)
     measured = "refinement" if args.refinement else args.init or "backbone"
     measured += ", calibrated" if args.calibrate else ""
     return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
