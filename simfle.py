@@ -93,40 +93,57 @@ from torchvision.transforms import functional as TF
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 # ================================ Part I: the method ================================
-# Plain tensors in, plain tensors out: no settings object, device, process group or file, so that
-# each piece can be pasted elsewhere with the imports above and the helpers that it names. The
-# numbers in the shapes are those of the paper's setting: ResNet-50, views of 224 pixels, I of 112;
-# B is the batch.
+# Plain tensors in, plain tensors out: no settings object, device, process group or file. So each
+# piece can be pasted elsewhere, with the imports above and the helpers that it names. Shapes are
+# those of the paper's setting: ResNet-50, views of 224 pixels, I of 112; B is the batch.
 
 
 def full_precision(x: Tensor):
-    """A context that switches `torch.autocast` off on x's device. (ours)
+    """Switches `torch.autocast` off, for norms, cosines, softmax, Eq. 2 and the scores. (ours)
 
-    Norms, cosines, softmax, Eq. 2 and the scores need fp32: in bf16's 8 significant bits many of 49
-    scores would be equal, and which patch is masked an accident."""
+    bf16 has 8 significant bits. Many of 49 scores would be equal in it, and which patch is masked
+    would be an accident.
+
+    Args:
+        x: any tensor; autocast is switched off on its device.
+    Returns:
+        a context manager."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def promote(x: Tensor) -> Tensor:
-    """x in fp32 if it is bf16 or half; fp32 and float64 as they are. (ours)"""
+    """Lifts bf16 and half to fp32, and leaves fp32 and float64 as they are. (ours)"""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def unit(x: Tensor, dim: int, floor: float = 0.1) -> Tensor:
-    """x at unit length along `dim`; a zero vector stays zero. x is fp32 or float64. (ours)
+    """Scales vectors to unit length; a zero vector stays zero. (ours)
 
-    The gradient of a direction is proportional to 1/‖x‖, so a few vectors that are almost zero
-    would outweigh all others. In the gradient alone, a norm below `floor` counts as `floor`."""
+    The gradient of a direction is proportional to 1/‖x‖. A few vectors that are almost zero would
+    outweigh all others. So in the gradient alone, a norm below `floor` counts as `floor`.
+
+    Args:
+        x: vectors along `dim`, fp32 or float64.
+        dim: the dimension of their coordinates.
+        floor: the least norm in the gradient.
+    Returns:
+        the shape of x."""
     u = F.normalize(x, dim=dim)
     share = x.detach().norm(dim=dim, keepdim=True) / floor  # of the gradient that passes
     return torch.lerp(u.detach(), u, share.clamp(max=1))
 
 
 class Backbone(nn.Module):
-    """A torchvision ResNet that gives its last feature map and the map's mean. (Sec. 3, Fig. 2)
+    """A torchvision ResNet that returns its last feature map and the map's mean. (Sec. 3, Fig. 2)
 
-    Its `fc` is taken off: `resnet.state_dict()` is torchvision's, but for `fc.*`. forward: (B, 3,
-    224, 224) -> map (B, 2048, 7, 7), pooled (B, 2048). Of 112 pixels the map is 4 × 4."""
+    Its `fc` is taken off. So `backbone.resnet.state_dict()` is torchvision's without `fc.*`.
+
+    Args:
+        resnet: a torchvision ResNet; by default a new ResNet-50.
+    Forward:
+        x: images (B, 3, 224, 224).
+        Returns the map (B, 2048, 7, 7) and the pooled features (B, 2048). At 112 pixels the map is
+        4 × 4."""
     def __init__(self, resnet: nn.Module | None = None):
         super().__init__()
         self.resnet = torchvision.models.resnet50() if resnet is None else resnet
@@ -139,37 +156,46 @@ class Backbone(nn.Module):
 
 
 def feature_map(r: nn.Module, x: Tensor) -> Tensor:
-    """All of a torchvision ResNet but its pooling and `fc`. (B, 3, 224, 224) -> (B, 2048, 7, 7)."""
+    """Runs a torchvision ResNet without its pooling and `fc`: (B, 3, 224, 224) images in, a map
+    (B, 2048, 7, 7) out. (Fig. 2)"""
     x = r.maxpool(r.relu(r.bn1(r.conv1(x))))  # (B, 64, 56, 56)
     return r.layer4(r.layer3(r.layer2(r.layer1(x))))
 
 
 def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
-    """Every head of the method: the projectors, the predictor, the distillation heads. (Sec. 4.1)
+    """Makes a head: each projector, the predictor, each distillation head. (Sec. 4.1)
 
     Paper: "a fully connected layer with a batch normalization and a ReLU activation, followed by
-    another fully connected layer". The widths are BYOL's and the authors'; the paper gives none."""
+    another fully connected layer". It gives no widths. Authors: 4096 and 256, as in BYOL.
+
+    Args:
+        inputs, hidden, outputs: widths of the layers.
+    Returns:
+        a module, (B, inputs) -> (B, outputs)."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
                          nn.Linear(hidden, outputs))
 
 
 # ===== 3.1 GFL: global facial feature learning =====
 # Two views of one face, cropped and coloured at random, should mean the same. Asking just that has
-# a trivial answer: map every face to one point, a collapse. BYOL avoids it without ever comparing
-# two different faces. The online stream f_θ (backbone, projector, predictor) predicts what the
-# target stream f_ρ (backbone, projector) says of the other view. No gradient ever moves the target
-# towards the prediction; it follows the online stream slowly, so that each step moves f_θ towards
-# an older and, by averaging, steadier self.
+# a trivial answer: map every face to one point, a collapse. BYOL avoids it without comparing two
+# different faces. The online stream f_θ (backbone, projector, predictor) predicts what the target
+# stream f_ρ (backbone, projector) says of the other view. No gradient moves the target. It is an
+# average of past online streams. The predictor stands on one side only, so the two streams differ
+# even where their weights agree; BYOL's authors report a collapse without it.
 #
-# Whether it worked can be seen: `spread`, the deviation of the normalised projections over the
-# batch, falls to 0 in a collapse; 256 numbers that share a unit length evenly have 1/√256 = 0.0625.
+# `spread` shows whether it worked. It is 0 in a collapse. Over evenly spread directions in 256
+# dimensions each coordinate's standard deviation is 1/√256 = 0.0625.
 
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
-    """How far a prediction is from the target's projection. (Sec. 3.1, Eq. 1)
+    """The squared distance of prediction and target, both at unit length. (Sec. 3.1, Eq. 1)
 
-    p: (B, 256) f_θ of one view, with gradient. z: (B, 256) f_ρ of the other. Returns (): the mean
-    of 2 − 2·cos over the batch, the squared distance of the two as unit vectors, from 0 to 4.
+    Args:
+        p: predictions f_θ of one view, (B, 256).
+        z: projections f_ρ of the other view, (B, 256).
+    Returns:
+        scalar from 0 to 4: the mean of 2 − 2·cos over the batch.
 
         p, z = torch.randn(2, 8, 256, requires_grad=True)
         L_s = similarity_loss(p, z.detach())
@@ -180,8 +206,13 @@ def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
 
 
 def spread(z: Tensor) -> Tensor:
-    """How much projections z (B, 256) at unit length deviate over the batch, (): the mean of their
-    dimensions, 0 when all faces are one point, near 1/√256 when healthy. (ours)"""
+    """Measures whether projections have collapsed to one point. (ours)
+
+    Args:
+        z: projections (B, 256).
+    Returns:
+        scalar: the standard deviation of the normalised projections over the batch, mean of the
+        dimensions. 0 in a collapse, near 1/√256 when healthy."""
     with full_precision(z):
         return F.normalize(promote(z), dim=1).std(dim=0).mean()
 
@@ -190,9 +221,12 @@ def spread(z: Tensor) -> Tensor:
 def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
     """ρ ← τ ρ + (1 − τ) θ, over all parameters in one fused call. (Sec. 3.1)
 
-    target, online: modules of the same shape. Buffers stay (see `BYOL`). Raises ValueError for
-    weights in bf16 or half: with τ = 0.99 a step moves ρ by a hundredth of the difference, which
-    their few digits would often round to nothing.
+    Args:
+        target, online: modules of the same shape. Their buffers stay as they are (see `BYOL`).
+        tau: the EMA decay τ, 0 to 1.
+    Raises:
+        ValueError: weights in bf16 or half. With τ = 0.99 a step moves ρ by a hundredth of the
+            difference. These types have so few digits that it would often round to nothing.
 
         online = mlp(2048)
         target = copy.deepcopy(online).requires_grad_(False)
@@ -205,8 +239,14 @@ def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
 
 
 class Stream(nn.Module):
-    """f_ρ, or f_θ without its predictor: view (B, 3, 224, 224) -> z (B, 256), pooled (B, 2048).
-    (Sec. 3.1, Fig. 2)"""
+    """f_ρ, or f_θ without its predictor. (Sec. 3.1, Fig. 2)
+
+    Args:
+        backbone: a `Backbone`.
+        projector: maps its pooled features to z.
+    Forward:
+        v: views (B, 3, 224, 224).
+        Returns z (B, 256) and the pooled features (B, 2048)."""
     def __init__(self, backbone: Backbone, projector: nn.Module):
         super().__init__()
         self.backbone, self.projector = backbone, projector
@@ -219,11 +259,17 @@ class Stream(nn.Module):
 class BYOL(nn.Module):
     """GFL by BYOL. (Sec. 3.1, Eq. 1)
 
-    forward: v1, v2 (B, 3, 224, 224) each -> L_s (); the pooled features (B, 2048) of the views that
-    the online stream has seen, here [h1, h2]; and z1 (B, 256), the online projection of v1, for
-    `spread`. Call `update()` once after every step of the optimiser. Needs B ≥ 2 in train mode
-    (BatchNorm). τ = 0.99 throughout, as in the authors' code; the paper gives no value. What has
-    this interface and an `online.backbone` can take BYOL's place (data/baselines.py).
+    A module with this interface and an `online.backbone` can take its place (data/baselines.py).
+    Call `update()` once after every step of the optimiser.
+
+    Args:
+        backbone: the `Backbone` that is trained.
+        hidden, outputs: widths of projector and predictor.
+        tau: the EMA decay τ of the target. The paper gives no value; authors: 0.99 throughout.
+    Forward:
+        v1, v2: views (B, 3, 224, 224); B ≥ 2 in train mode (BatchNorm).
+        Returns L_s, a scalar from 0 to 8; the pooled features (B, 2048) of each view that the
+        online stream has seen, here [h1, h2]; and z1 (B, 256), its projection of v1.
 
         byol, (v1, v2) = BYOL(Backbone(torchvision.models.resnet18())), torch.randn(2, 4, 3, 64, 64)
         L_s, (h1, h2), z1 = byol(v1, v2); L_s.backward()  # and a step of the optimiser
@@ -235,56 +281,63 @@ class BYOL(nn.Module):
         self.tau = tau
         self.online = Stream(backbone, mlp(backbone.channels, hidden, outputs))
         self.predictor = mlp(outputs, hidden, outputs)
-        # The target starts as a copy. Its BatchNorm normalises by the batch at hand, as the online
-        # one's does, and keeps running statistics of its own: they belong to weights that lag
-        # behind, and since in train mode nothing reads them, averaging them would change nothing.
+        # The target starts as a copy. In train mode its BatchNorm normalises by the batch, as the
+        # online one's does. Its running statistics are its own. Nothing reads them in training, so
+        # there is nothing to average.
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        # One forward per view. Concatenated they would run a little faster, but BatchNorm would
-        # then normalise both by one common mean, and each would see the other through it.
+        # One forward pass per view: the statistics of BatchNorm are then those of one view.
         z1, h1 = self.online(v1)
         z2, h2 = self.online(v2)
         with torch.no_grad():
             target1, target2 = self.target(v1)[0], self.target(v2)[0]
         # Paper: "The same process can be done again by swapping the positions of v1 and v2." The
-        # two are added, not averaged: L_s runs from 0 to 8.
+        # two are added, not averaged.
         L_s = (similarity_loss(self.predictor(z1), target2)
                + similarity_loss(self.predictor(z2), target1))
         return L_s, [h1, h2], z1
 
     def update(self) -> None:
-        """Moves the target after the optimiser's step."""
+        """Moves the target after the optimiser's step. (Sec. 3.1)"""
         ema_update(self.target, self.online, self.tau)
 
 
 # ===== 3.2 Channel grouping =====
-# FFL wants the backbone to say which parts of a face matter. What it has are c′ = 2048 channels,
-# each a small picture of where something was found, many of them alike. A 1 × 1 convolution mixes
-# them into c′ new ones, of which channel k belongs to group k // (c′/N_g): 32 groups of 64. Eq. 2
-# asks channels of one group to look at the same places, those of different groups at different
-# ones, and so makes of 2048 channels 32 opinions on where to look.
+# FFL wants the backbone to say which parts of a face matter. Each of its c′ = 2048 channels is a
+# small picture of where something was found, and many are alike. A 1 × 1 convolution mixes them
+# into c′ new ones, of which channel k belongs to group k // (c′/N_g): 32 groups of 64. Eq. 2 asks
+# channels of one group to look at the same places, and channels of different groups at different
+# ones. Since most pairs lie in different groups, it mostly makes channels unlike.
 #
-# Written as it stands, Eq. 2 needs the cosines of all 2048² pairs for each image. They need not be
-# made. Let U be the c′ × h′w′ matrix whose rows are the channels at unit length. Then U Uᵀ holds
-# the cosines, and the sum of their squares, a matrix's ‖·‖², is
+# Written as it stands, Eq. 2 needs the cosines of all 2048² pairs for each image. There is a
+# shorter way. Let U be the c′ × h′w′ matrix whose rows are the channels at unit length. U Uᵀ holds
+# the cosines. The sum of their squares is its squared Frobenius norm ‖·‖²:
 #
-#     Σ_ij D(C_i, C_j)²  =  ‖U Uᵀ‖²  =  trace(U Uᵀ U Uᵀ)  =  trace(Uᵀ U Uᵀ U)  =  ‖Uᵀ U‖²,
+#     Σ_ij D(C_i, C_j)²  =  ‖U Uᵀ‖²  =  trace(U Uᵀ U Uᵀ)  =  trace(Uᵀ U Uᵀ U)  =  ‖Uᵀ U‖²
 #
-# where Uᵀ U is only h′w′ × h′w′ = 16 × 16. Likewise for the pairs inside one group g, with U_g, its
+# Uᵀ U is only h′w′ × h′w′ = 16 × 16. The same holds for the pairs inside one group g, with U_g, its
 # 64 rows. So, exactly and for 1/128 of the arithmetic,
 #
-#     L_g  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Uᵀ U‖² − 2 Σ_g ‖U_gᵀ U_g‖²,
+#     L_g  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Uᵀ U‖² − 2 Σ_g ‖U_gᵀ U_g‖²
 #
-# and Uᵀ U is just the sum of the groups' U_gᵀ U_g.
+# and Uᵀ U is the sum of the groups' U_gᵀ U_g.
 
 
 class ChannelGrouping(nn.Module):
     """Mixes c′ channels into c′ channels that lie in groups. (Sec. 3.2)
 
-    Paper: "Channel grouping can be implemented through a 1 × 1 convolution layer"; BatchNorm and
-    ReLU behind it are the authors'. forward: X (B, 2048, 4, 4) -> C (B, 2048, 4, 4), fp32, never
-    negative. Raises ValueError where `groups` does not divide `channels`.
+    Paper: "Channel grouping can be implemented through a 1 × 1 convolution layer". Authors:
+    BatchNorm and ReLU behind it.
+
+    Args:
+        channels: c′.
+        groups: N_g; channel k is in group k // (c′/N_g).
+    Forward:
+        X: the backbone's map (B, 2048, 4, 4).
+        Returns C (B, 2048, 4, 4), fp32, never negative.
+    Raises:
+        ValueError: `groups` does not divide `channels`.
 
         grouping = ChannelGrouping(2048, groups=32)
         C = grouping(torch.randn(2, 2048, 4, 4))
@@ -294,8 +347,8 @@ class ChannelGrouping(nn.Module):
         super().__init__()
         if channels % groups:
             raise ValueError(f"{groups} channel groups do not divide {channels} channels")
-        # Departure 3: PyTorch's own random start. With the authors' constant all channels, and all
-        # their gradients, are equal until rounding noise takes them apart, 45 steps of SGD later.
+        # Departure 3: PyTorch's own random start. Authors: one constant, from which all channels
+        # are equal, and so are their gradients.
         self.conv = nn.Conv2d(channels, channels, kernel_size=1)
         self.norm = nn.BatchNorm2d(channels)
 
@@ -305,14 +358,22 @@ class ChannelGrouping(nn.Module):
 
 
 def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """The two sums of Eq. 2: of D(C_i, C_j)² over pairs in different groups, and in one group.
+    """The two sums of Eq. 2: D(C_i, C_j)² over pairs in different groups, and in one group.
+    (Sec. 3.2, Eq. 2)
 
-    C: (B, c′, h′, w′). Returns two (B,). As in Eq. 2, i and j run over all channels: each pair
-    counts twice, and each channel pairs with itself. (Sec. 3.2, Eq. 2)
+    As in Eq. 2, i and j run over all channels. Each pair counts twice, and each channel is paired
+    with itself once.
 
     By hand, 4 channels of 2 positions in 2 groups: (1, 0), (1, 0) | (0, 1), (1, 1). In the first
-    group D² is 1 four times; in the second 1, ½, ½, 1: 7 in all. Between the groups D² is 0, ½, 0,
-    ½, each twice: 2. By the identity: Uᵀ U = [2.5 0.5; 0.5 1.5], whose squares sum to 9 = 2 + 7."""
+    group D² is 1 four times. In the second it is 1, ½, ½, 1. Together that is 7. Between the groups
+    D² is 0, ½, 0, ½, each twice. Together that is 2. By the identity above, Uᵀ U = [2.5 0.5; 0.5
+    1.5], whose squares sum to 9 = 2 + 7.
+
+    Args:
+        C: grouped channels (B, c′, h′, w′).
+        groups: N_g.
+    Returns:
+        the sum between groups and the sum within groups, (B,) each."""
     with full_precision(C):
         U = rearrange(promote(C), "b (g k) h w -> b g k (h w)", g=groups)  # (B, 32, 64, 16)
         U = unit(U, dim=3)
@@ -323,18 +384,23 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 
 
 def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Channels of a group alike, of different groups unlike. (Sec. 3.2, Eq. 2)
+    """Channels of one group alike, channels of different groups unlike. (Sec. 3.2, Eq. 2)
 
-    C: (B, c′, h′, w′) as `ChannelGrouping` gives it. Returns L_g (), which is Eq. 2 divided by c′
-    (departure 2), averaged over the batch; and mean D² of two channels of different groups and of
-    one group, () each, without gradient, over the channels that are not 0 on the whole image. In
-    the example of `pair_sums`: (2 − 7)/4 = −1.25, 2/8, and 3/4, the mean of 1 and ½, since a
-    channel's pair with itself does not count here.
+    Eq. 2 weighs all pairs alike. Of 2,048 channels, one has 63 partners and 1,984 strangers. So
+    Eq. 2 mostly makes channels unlike. Measured on toy faces (preset laptop, 256 channels, 500
+    steps, seeds 0 to 2): mean D² between groups falls from 0.15 to 0.06, 0.07, 0.07, and within
+    groups it rises from 0.15 to 0.61, 0.40, 0.37.
 
-    Eq. 2 weighs all pairs alike. With 2,048 channels one has 63 partners and 1,984 strangers, so
-    Eq. 2 mostly makes channels unlike. On toy faces (preset laptop, 256 channels, 500 steps, seeds
-    0 to 2) mean D² between groups falls from 0.15 to 0.06, 0.07, 0.07. Within groups it rises from
-    0.15 to 0.61, 0.40, 0.37.
+    Args:
+        C: grouped channels (B, c′, h′, w′), as `ChannelGrouping` returns them.
+        groups: N_g.
+    Returns:
+        L_g: scalar, Eq. 2 divided by c′ (departure 2), mean over the batch.
+        D2_between: scalar without gradient, mean D² of two channels in different groups, over the
+            channels that are not 0 everywhere on the image.
+        D2_within: the same of two different channels in one group.
+        In the example of `pair_sums` these are (2 − 7)/4 = −1.25; 2/8; and 3/4, the mean of 1
+        and ½.
 
         C = torch.rand(2, 2048, 4, 4, requires_grad=True)
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
@@ -342,8 +408,7 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     between, within = pair_sums(C, groups)
     channels = C.shape[1]
-    # The means are over pairs of two channels that are not 0 everywhere in the image.
-    alive = C.detach().flatten(2).any(dim=2)  # (B, 2048)
+    alive = C.detach().flatten(2).any(dim=2)  # (B, 2048): not 0 everywhere
     n = rearrange(alive, "b (g k) -> b g k", g=groups).sum(dim=2)  # (B, 32), up to 64
     inside, outside = (n * (n - 1)).sum(), (n.sum(dim=1)**2 - (n**2).sum(dim=1)).sum()
     D2_between = between.detach().sum() / outside.clamp(min=1)
@@ -352,19 +417,30 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # ===== 3.2 Semantic masking =====
-# MAE masks patches at random. Here a channel group decides: its 64 channels are summed to one score
-# map, and the patches with the lowest scores are masked. What the backbone finds interesting stays
-# visible. Each image draws its own group, anew in every epoch, so all groups have their say.
+# MAE masks patches at random. Here a channel group decides. Its 64 channels are summed to one score
+# map, and the patches with the lowest scores are masked. So what the backbone responds to stays
+# visible. Each image draws its group anew in every step, so all groups take part.
 #
-# Masks follow MAE's convention: 0 is kept, 1 is masked.
+# The 49 scores are a linear map of the score map's 4 × 4 = 16 values. So a mask is made of coherent
+# regions, not of 49 free choices.
+#
+# Masks follow MAE's convention: 0 is kept, 1 is masked. (The paper's Fig. 3 draws 1 for kept.)
 
 
 class SemanticMasking(nn.Module):
     """Chooses the patches to mask from the grouped channels. (Sec. 3.2, Eq. 3)
 
-    forward: C (B, 2048, 4, 4) -> a (B, 49) the scores, with gradient; keep (B, 12) the indices of
-    the kept patches, best first; mask (B, 49), 0 kept and 1 masked. Patches are counted row by row.
-    Has no parameters. Raises ValueError where `patch` does not divide `image_size`.
+    Args:
+        groups: N_g.
+        image_size: pixels a side of I.
+        patch: pixels a side of a patch. Patches are counted row by row.
+        ratio: γ, the share of the patches that is masked.
+    Forward:
+        C: grouped channels (B, 2048, 4, 4).
+        Returns the scores a (B, 49), with gradient; the indices of the kept patches (B, 12), best
+        first; and the mask (B, 49), 0 kept and 1 masked.
+    Raises:
+        ValueError: patches of this size make no grid on the image.
 
         C = torch.rand(2, 2048, 4, 4)
         masking = SemanticMasking(groups=32, image_size=112, patch=16, ratio=0.75)
@@ -378,12 +454,13 @@ class SemanticMasking(nn.Module):
         self.groups, self.image_size, self.patch, self.ratio = groups, image_size, patch, ratio
 
     def scores(self, C: Tensor, group: Tensor) -> Tensor:
-        """a_i of Eq. 3 for the given group of each image, (B,) -> (B, 49)."""
+        """a_i of Eq. 3. C: (B, c′, h′, w′); group: the chosen group of each image, (B,). Returns
+        (B, 49). (Sec. 3.2, Eq. 3)"""
         with full_precision(C):
             per_group = rearrange(promote(C), "b (g k) h w -> b g k h w", g=self.groups).sum(dim=2)
             image = torch.arange(len(C), device=C.device)
             score_map = per_group[image, group]  # (B, 4, 4): X_g̃, the channel-wise sum
-            # The paper says "upsampled"; bilinear is the authors'. Then Eq. 3 is average pooling.
+            # Paper: "upsampled". Authors: bilinear. The mean of Eq. 3 is then average pooling.
             score_map = F.interpolate(score_map[:, None], size=(self.image_size,) * 2,
                                       mode="bilinear", align_corners=False)  # (B, 1, 112, 112)
             return F.avg_pool2d(score_map, self.patch).flatten(1)  # (B, 49)
@@ -394,47 +471,63 @@ class SemanticMasking(nn.Module):
 
 
 def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Paper: "the patches are masked in ascending order". (Sec. 3.2)
+    """Masks the patches with the lowest scores. (Sec. 3.2)
 
-    a: (B, N_p) scores. Returns keep (B, N_p − N_m), the indices of the highest, and mask (B, N_p),
-    0 kept and 1 masked. Of 49 at γ = 0.75, ⌊49 · 0.25⌋ = 12 are kept, 37 masked. At least one of
-    each, or there is nothing to see or nothing to learn. Of equal scores the first is kept."""
+    Paper: "the patches are masked in ascending order". Of equal scores the first is kept. At least
+    one patch is kept and one is masked.
+
+    Args:
+        a: scores (B, N_p).
+        ratio: γ. Of 49 patches at γ = 0.75, ⌊49 · 0.25⌋ = 12 are kept and 37 masked.
+    Returns:
+        keep: indices of the kept patches (B, N_p − N_m), best first.
+        mask: (B, N_p), 0 kept and 1 masked."""
     B, N_p = a.shape
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
     keep = a.argsort(dim=1, descending=True, stable=True)[:, :kept]
     return keep, torch.ones_like(a).scatter(1, keep, 0.0)
 
 
-# Trainable refinement. Paper: "FaceMAE has to minimize the reconstruction loss, it will try to
-# avoid masking fine-grained facial landmarks, which are difficult to reconstruct." Nothing so far
-# lets it try: a sort has no gradient, so L_r does not know that other scores would have given it
-# another mask. What the gradient ought to do is plain, though: the score of a masked patch should
-# increase if the patch was harder than the others, and decrease if it was easier. So the mask is
-# made soft at its threshold,
+# Trainable refinement (departure 1). Paper: "FaceMAE has to minimize the reconstruction loss, it
+# will try to avoid masking fine-grained facial landmarks, which are difficult to reconstruct." It
+# does not say how. A sort has no gradient, and in the authors' code L_r never reaches the scores.
 #
-#     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i),
+# Ours is a surrogate gradient, and a hypothesis. The score of a masked patch should increase if the
+# patch was harder than the image's other masked patches, and decrease if it was easier. So the mask
+# is made soft at its threshold:
 #
-# near 1 for what is surely masked, ½ at the threshold r_thr, which is the last score that was kept.
-# A term of value 0 (soft_i minus itself) is added to L_r. Its gradient is that of soft_i weighed by
-# the error. It is a surrogate of our own:
+#     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
-#     1/N_m Σ_i M_i (e_i − ē)(soft_i − const),      ∂/∂r_i = −M_i (e_i − ē) σ′_i / N_m,
+# soft_i is near 1 for a patch that is surely masked. It is ½ at the threshold r_thr, the lowest
+# score that was kept. A term of value 0 is added to L_r:
 #
-# where const is soft_i as a plain number and σ′_i the sigmoid's slope there; r_thr is a constant.
-# Errors are constants too. ē is their mean over the image's masked patches; without it every r_i
-# of a masked patch would rise, hard or easy. M_i is the hard mask: L_r never scores the "error" of
-# a kept patch. Standardising couples the patches of an image, so single raw scores may move
-# against their r_i. (Departure 1.)
+#     1/B Σ_images 1/N_m Σ_i M_i (e_i − ē)(soft_i − const)
+#
+# Here const is soft_i as a plain number, M the hard mask, e_i the error of patch i and ē the mean
+# error of the image's masked patches. For one image the gradient with respect to r_i is
+# −M_i (e_i − ē) σ′_i / (B N_m), where σ′_i is the sigmoid's slope; r_thr is a constant. Without ē,
+# every r_i of a masked patch would increase, hard or easy. A kept patch has no error in Eq. 4, so
+# M_i leaves it out. Standardising couples the patches of an image.
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
-    """A zero whose gradient raises the scores of patches that are hard to reconstruct. (Sec. 3.2)
+    """A zero whose gradient moves the scores of masked patches by their errors. (Sec. 3.2; ours)
 
-    a, mask, error: (B, 49) each; only `a` gets a gradient. Returns (), which `FaceMAE` adds to L_r,
-    κ c′ times.
-    Measured with `FaceMAE`'s default, as the correlation of error and keep frequency over the 49
-    positions, preset laptop, 500 steps, seeds 0 to 2: +0.56, +0.77, +0.76 on toy faces, +0.37,
+    By hand, four patches: a = (3, 2, 1, 0), the first is kept, the others have errors 4, 1, 7. Then
+    r = (1.16, 0.39, −0.39, −1.16) and ē = 4. Gradient descent moves r along (0, 0, −0.145, +0.081):
+    the easy patch down, the hard one up. It moves a along (+0.024, +0.016, −0.104, +0.064), since
+    standardising couples the scores.
+
+    Measured with `FaceMAE`'s κ, as the correlation of error and keep frequency over the 49
+    positions (preset laptop, 500 steps, seeds 0 to 2): +0.56, +0.77, +0.76 on toy faces, +0.37,
     +0.69, +0.44 on photographs. What it does to accuracy has not been measured.
+
+    Args:
+        a: scores (B, 49). Only they get a gradient.
+        mask: (B, 49), 0 kept and 1 masked.
+        error: mean squared error of every patch (B, 49); kept ones are not used.
+    Returns:
+        scalar 0, mean over the batch. `FaceMAE` adds it to L_r, κ c′ times.
 
         a, error = torch.randn(2, 49, requires_grad=True), torch.rand(2, 49)
         keep, mask = mask_lowest(a, ratio=0.75)
@@ -453,15 +546,22 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
 
 
 # ===== 3.2 FaceMAE =====
-# A masked autoencoder: a ViT encodes the 12 visible patches, a smaller one guesses the 37 others
-# from them, which takes knowing how faces hang together. Its image is the whole picture, resized
-# and not augmented: the paper calls I "the input facial image", and only v1 and v2 augmented.
+# A masked autoencoder. A ViT encodes the 12 visible patches, and a smaller one guesses the 37
+# others from them. That takes knowing how the parts of a face belong together. Its image is the
+# whole picture, resized and not augmented: the paper calls I "the input facial image", and only v1
+# and v2 are augmented.
 
 PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x (B, tokens, width) -> the same shape. (Sec. 4.1, ViT)"""
+    """A pre-norm transformer block. (Sec. 4.1, ViT)
+
+    Args:
+        width: numbers of a token.
+        heads: attention heads; they divide `width`.
+    Forward:
+        x: tokens (B, N, width). Returns the same shape."""
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -478,11 +578,16 @@ class Block(nn.Module):
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """Fixed 2-D positions: (1, 1 + grid², width), zeros for the class token. (Sec. 4.1, MAE)
+    """Fixed 2-D positions, as in MAE. (Sec. 4.1, MAE)
 
-    The first half of the numbers tells the column, the second the row, as in MAE; each as sines,
-    then cosines of the coordinate at width/4 frequencies from 1 down to almost 1/10,000. 4 must
-    divide width."""
+    The first half of the numbers tells the column, the second half the row. Each half has sines,
+    then cosines, of the coordinate at width/4 frequencies from 1 down to almost 1/10,000.
+
+    Args:
+        grid: patches a side.
+        width: numbers of a token; a multiple of 4.
+    Returns:
+        (1, 1 + grid², width); the first row is the class token's and is zero."""
     frequency = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (7, 192)
     line = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (7, 384)
@@ -495,9 +600,17 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 class MaskedAutoencoder(nn.Module):
     """MAE with ViT-B/16 on small images. (Sec. 3.2, Eq. 4; Sec. 4.1)
 
-    forward: I (B, 3, 112, 112), normalised; keep (B, 12) indices of the visible patches -> error
-    (B, 49), the mean squared error of every patch, visible ones too; tokens (B, 12, 768), the
-    encoder's output for the visible patches without its class token."""
+    Args:
+        image_size: pixels a side of I.
+        patch: pixels a side of a patch.
+        width, depth, heads: of the encoder (ViT-B).
+        decoder_width, decoder_depth, decoder_heads: of the decoder (MAE).
+        norm_pix: whether the target's pixels are normalised patch by patch (departure 8).
+    Forward:
+        I: images (B, 3, 112, 112), normalised.
+        keep: indices of the visible patches (B, 12).
+        Returns the mean squared error of every patch (B, 49), visible ones too; and the encoder's
+        tokens of the visible patches (B, 12, 768), without its class token."""
     def __init__(self, image_size: int = 112, patch: int = 16, width: int = 768, depth: int = 12,
                  heads: int = 12, decoder_width: int = 512, decoder_depth: int = 8,
                  decoder_heads: int = 16, norm_pix: bool = True):
@@ -526,30 +639,31 @@ class MaskedAutoencoder(nn.Module):
                                              requires_grad=False)
 
     def patchify(self, I: Tensor) -> Tensor:
-        """(B, 3, 112, 112) -> (B, 49, 768): row by row, and in a patch the colours last."""
+        """(B, 3, 112, 112) -> (B, 49, 768), row by row, and in a patch the colours last. (MAE)"""
         return rearrange(I, "b c (gh p) (gw q) -> b (gh gw) (p q c)", p=self.patch, q=self.patch)
 
     def encode(self, patches: Tensor, keep: Tensor) -> Tensor:
-        """(B, 49, 768), (B, 12) -> (B, 13, 768): the class token, then the visible patches."""
+        """Encodes the visible patches behind the class token. patches: (B, 49, 768); keep: (B, 12).
+        Returns (B, 13, 768). (MAE)"""
         x = self.embed(patches) + self.position[:, 1:]
         x = torch.take_along_dim(x, keep[:, :, None], dim=1)  # (B, 12, 768)
         first = (self.class_token + self.position[:, :1]).expand(len(x), -1, -1)
         return self.encoder(torch.cat([first, x], dim=1))
 
     def decode(self, tokens: Tensor, keep: Tensor) -> Tensor:
-        """(B, 13, 768), (B, 12) -> (B, 49, 768): every patch's pixels, as in `target`."""
+        """Guesses every patch's pixels, as in `target`. tokens: (B, 13, 768); keep: (B, 12).
+        Returns (B, 49, 768). (MAE)"""
         y = self.decoder_embed(tokens)  # (B, 13, 512)
         B, _, width = y.shape
-        # A mask token everywhere, then what was seen in its place.
+        # A mask token everywhere, then the visible patches in their places.
         x = self.mask_token.to(y.dtype).expand(B, self.grid**2, -1)
         x = x.scatter(1, keep[:, :, None].expand(-1, -1, width), y[:, 1:])  # (B, 49, 512)
         x = torch.cat([y[:, :1], x], dim=1) + self.decoder_position
         return self.to_pixels(self.decoder(x))[:, 1:]
 
     def target(self, patches: Tensor) -> Tensor:
-        """What is to be guessed: pixels at mean 0 and deviation 1 in every patch. (Departure 8.)
-
-        What is left is pattern and hue: otherwise light and contrast decide what is hard."""
+        """What is to be guessed, (B, 49, 768): pixels with mean 0 and standard deviation 1 in every
+        patch. Without that, brightness and contrast dominate the error. (Departure 8)"""
         if not self.norm_pix:
             return promote(patches)
         var, mean = torch.var_mean(promote(patches), dim=2, keepdim=True)
@@ -566,10 +680,22 @@ class MaskedAutoencoder(nn.Module):
 class FaceMAE(nn.Module):
     """The whole of FFL: grouping, semantic masking, autoencoding. (Sec. 3.2, Eq. 2 to 4)
 
-    forward: X (B, 2048, 4, 4), the backbone's map of I; I (B, 3, 112, 112) -> L_r and L_g, scalars;
-    tokens (B, 12, 768) for the distillation; and what is logged, without gradient: mean D² between
-    and within groups, and per patch position (49,) the summed error of masked patches and how often
-    the patch was masked (Fig. 3).
+    Args:
+        channels: c′ of the backbone.
+        groups: N_g.
+        ratio: γ, the share of the patches that is masked.
+        kappa: κ, the strength of the refinement per channel; 0 is the authors' behaviour.
+        image_size, patch: pixels a side of I and of a patch.
+        autoencoder: further arguments of `MaskedAutoencoder`.
+    Forward:
+        X: the backbone's map of I, (B, 2048, 4, 4).
+        I: images (B, 3, 112, 112), normalised.
+        Returns L_r and L_g, scalars; the encoder's tokens (B, 12, 768); and a dict to be logged,
+        without gradient: D2_between and D2_within (see `grouping_loss`), and by patch position
+        (49,) masked_error, the summed error of masked patches, and masked, how often each was
+        masked (Fig. 3).
+    Raises:
+        ValueError: see `ChannelGrouping` and `SemanticMasking`.
 
         ffl = FaceMAE(channels=512, depth=2, decoder_depth=1)
         X, I = torch.randn(2, 512, 4, 4), torch.randn(2, 3, 112, 112)
@@ -600,22 +726,27 @@ class FaceMAE(nn.Module):
 
 
 # ===== 3.3 Connecting two branches =====
-# FFL wants easy reconstruction, GFL wants views alike; if both pull at the backbone, it breaks:
-# 20.98 % in place of 44.01 % (Table 3, b and d). So the map X that makes the scores carries no
-# gradient back, and the branches only compare notes: the autoencoder's vector of the face and the
-# backbone's of its views, each through a projector, should give the distribution of their mean.
+# FFL wants easy reconstruction, GFL wants views alike. Where both pull at the backbone, the paper's
+# accuracy falls from 44.01 % to 20.98 % (Table 3, d and b). So the map X that makes the scores
+# carries no gradient back. The branches only exchange what they know: the autoencoder's vector of
+# the face and the backbone's vectors of the two views, each through a head. Each should give the
+# distribution of their mean.
 
 
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
-    """Each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
+    """Draws each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
 
-    zs: z_m, z_v1, z_v2, each (B, 256). Returns (): summed over them, averaged over the batch.
+    Departure 7. Paper: KL(ψ(z_i/t), ψ(z̄/t)); the order and what carries a gradient are open.
+    Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the mode-covering direction. z̄ is a
+    constant here. That changes nothing: z̄ is the mean of the z_i, so the gradients with respect
+    to it cancel. t² is Hinton's. The gradient shrinks by 1/t in the softmax and by
+    another 1/t in the difference of the distributions. With t² its size hardly depends on t.
 
-    Departure 7. The paper writes KL(ψ(z_i/t), ψ(z̄/t)) and leaves order and gradient open. As in
-    the authors' code, z̄ is the teacher: KL(ψ(z̄/t) ‖ ψ(z_i/t)), the mode-covering direction. z̄ is
-    a constant. (This changes nothing here: the gradients with respect to z̄ cancel, as
-    Σ_i (z̄ − z_i) = 0.) t² is Hinton's. The softmax's gradient shrinks by 1/t, the difference of
-    the distributions by another 1/t, and t² makes the size independent of t.
+    Args:
+        zs: z_m, z_v1, z_v2, (B, 256) each.
+        t: temperature.
+    Returns:
+        scalar: summed over the vectors, mean over the batch.
 
         zs = list(torch.randn(3, 8, 256, requires_grad=True))
         L_d = distillation_loss(zs, t=4.0)
@@ -636,15 +767,26 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #     L_r   –          –                      by κ alone       yes       yes       –
 #     L_d   yes        –                      –                yes       –         yes
 #     L_g   –          –                      yes              –         –         –
+#
+# HEALTHY
 
 
 class SimFLE(nn.Module):
-    """SimFLE. Without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
+    """SimFLE; without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
 
-    gfl: `BYOL`, or another of data/baselines.py. ffl: a `FaceMAE` for its backbone's channels.
-    forward: v1, v2 (B, 3, 224, 224), the augmented views; I (B, 3, 112, 112), the whole face, not
-    augmented -> a dict: `loss` with gradient, and without it L_s, L_r, L_d, L_g, spread and what
-    `FaceMAE` logs. `update()` follows each step."""
+    Call `update()` once after every step of the optimiser.
+
+    Args:
+        gfl: `BYOL`, or a module with its interface (data/baselines.py).
+        ffl: a `FaceMAE` for the channels of its backbone.
+        hidden, outputs: widths of the distillation heads.
+        alpha, beta: weights of L_d and L_g.
+        t: temperature of the distillation.
+    Forward:
+        v1, v2: augmented views (B, 3, 224, 224).
+        I: whole faces (B, 3, 112, 112), not augmented.
+        Returns a dict: `loss`, scalar with gradient; without gradient L_s, L_r, L_d, L_g, spread
+        (scalars) and what `FaceMAE` logs."""
     def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
                  hidden: int = 4096, outputs: int = 256, alpha: float = 0.3, beta: float = 0.03,
                  t: float = 4.0):
@@ -666,14 +808,14 @@ class SimFLE(nn.Module):
         # 3.1 What is the same in two views?
         L_s, hs, z1 = self.gfl(v1, v2)
 
-        # 3.2 What must be seen to guess the rest? The backbone looks at I in train mode (its
-        # running statistics move for the third time), but no gradient comes back to it from here.
+        # 3.2 What must be seen to guess the rest? The backbone sees I in train mode, so the running
+        # statistics of its BatchNorm move for the third time. No gradient comes back from here.
         with torch.no_grad():
             X, _ = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
 
-        # 3.3 The two compare notes. The face's vector is the mean over its visible patches; the
-        # class token is left out, as with the authors.
+        # 3.3 What has each branch learnt? Authors: z_m is the mean over the visible patches,
+        # without the class token.
         z_m = self.distil_m(tokens.mean(dim=1))
         L_d = distillation_loss([z_m] + [self.distil_v(h) for h in hs], self.t)
 
@@ -687,7 +829,7 @@ class SimFLE(nn.Module):
 
 
 def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
-    """The loss, with gradient, and its parts, without. (ours)"""
+    """A dict of the loss, with gradient, and its parts, without. (ours)"""
     return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
 
 
@@ -695,7 +837,13 @@ def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
 
 
 class GFLAlone(nn.Module):
-    """One branch only; I is not used. (Table 3 a, Table 1)"""
+    """One branch alone. (Table 3 a, Table 1)
+
+    Args:
+        gfl: `BYOL`, or a module with its interface.
+    Forward:
+        v1, v2: views (B, 3, 224, 224). I is not used.
+        Returns a dict: loss, L_s, spread."""
     def __init__(self, gfl: nn.Module):
         super().__init__()
         self.gfl, self.ffl = gfl, None
@@ -709,14 +857,21 @@ class GFLAlone(nn.Module):
         return report(L_s, L_s=L_s, spread=spread(z1))
 
     def update(self) -> None:
+        """Moves the target. (Sec. 3.1)"""
         self.gfl.update()
 
 
 class DirectSimFLE(GFLAlone):
-    """No distillation: the map X keeps its gradient instead, so that L_g and the refinement train
-    the backbone too, through the grouping layer. (Table 3 b, as we read it)
+    """Both branches on one backbone, without distillation. (Table 3 b, as we read it)
 
-    With κ = 0 only L_g does: L_r does not reach the map then."""
+    The map X keeps its gradient. So L_g and the refinement train the backbone too, through the
+    grouping layer. With κ = 0 only L_g does: L_r does not reach the map then.
+
+    Args:
+        gfl, ffl, beta: see `SimFLE`.
+    Forward:
+        v1, v2, I: see `SimFLE`.
+        Returns the same dict without L_d."""
     def __init__(self, gfl: nn.Module, ffl: FaceMAE, beta: float = 0.03):
         super().__init__(gfl)
         self.ffl, self.beta = ffl, beta
@@ -729,8 +884,10 @@ class DirectSimFLE(GFLAlone):
 
 
 class RandomMasking(SemanticMasking):
-    """Masks at random. The grouping layer and L_g stay, as in the paper's arithmetic; nothing else
-    learns from them. (Table 3 c)"""
+    """Masks at random, with the interface of `SemanticMasking`. (Table 3 c)
+
+    The grouping layer and L_g stay, as in the paper's count of arithmetic. Nothing else learns from
+    them."""
     def forward(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = torch.rand(len(C), (self.image_size // self.patch)**2, device=C.device)
         return a, *mask_lowest(a, self.ratio)
@@ -740,14 +897,18 @@ class RandomMasking(SemanticMasking):
 
 
 class UserError(Exception):
-    """Something that a user can mend: a sentence that says what, where and what to do."""
+    """Something that a user can mend.
+
+    Args:
+        sentence: says what, where and what to do.
+        code: the exit code of the program."""
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(sentence)
-        self.code = code  # the exit code of the program
+        self.code = code
 
 
 def seed_of(*key) -> int:
-    """32 bits from this key, the same on every machine: what torch's CPU generator uses. (ours)"""
+    """32 bits from a key, the same on every machine. (ours) torch's CPU generator uses no more."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
@@ -764,7 +925,10 @@ def generator_of(*key) -> torch.Generator:
 
 
 def find_data(name: str) -> Path:
-    """The folder that --data means. Raises UserError, with the folders that there are."""
+    """The folder that --data means: a path, or a folder of that name in data/.
+
+    Raises:
+        UserError: there is none; it tells which there are."""
     for folder in (Path(name), HERE / "data" / name):
         if name and folder.is_dir():
             return folder
@@ -775,8 +939,16 @@ def find_data(name: str) -> Path:
 
 
 def colours_of(folder: Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the channels, by which a dataset is normalised: its own where
-    data/prepare.py says so (FERPlus), else AffectNet's. (Sec. B.4) Raises UserError."""
+    """The colours by which a dataset is normalised. (Sec. B.4)
+
+    They are its own where its stats.json says so (FERPlus), else AffectNet's.
+
+    Args:
+        folder: of the dataset.
+    Returns:
+        mean and standard deviation of the three channels, of pixels in [0, 1].
+    Raises:
+        UserError: stats.json does not hold them."""
     path = folder / "stats.json"
     if not path.exists():
         return MEAN, STD
@@ -790,8 +962,12 @@ def colours_of(folder: Path) -> tuple[list[float], list[float]]:
 
 
 def find_pictures(folder: Path) -> list[str]:
-    """All pictures below a folder, at any depth, with any extension Pillow reads, in fixed order;
-    hidden files and folders are skipped. Raises UserError if there are none."""
+    """All pictures below a folder, at any depth, sorted.
+
+    A picture is a file with an extension that Pillow reads. Hidden files and folders are skipped.
+
+    Raises:
+        UserError: there are none."""
     readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -806,7 +982,7 @@ def find_pictures(folder: Path) -> list[str]:
 
 
 def read_picture(path: str) -> Tensor:
-    """A picture of any mode as RGB, (3, H, W) uint8. (Departure 12) 16-bit grey is scaled."""
+    """Decodes a picture of any mode to RGB, (3, H, W) uint8. (Departure 12)"""
     with Image.open(path) as picture:
         if picture.mode.startswith("I"):  # 16 bits; Pillow would cut 65,535 off at 255
             picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
@@ -814,16 +990,27 @@ def read_picture(path: str) -> Tensor:
 
 
 def resize(x: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size). (Departure 6: a square, whatever the picture's shape)"""
+    """(3, H, W) uint8 -> (3, size, size), a square whatever the picture's shape. (Departure 6)"""
     return F.interpolate(x[None], size=(size, size), mode="bilinear", antialias=True)[0]
 
 
 class Faces(Dataset):
-    """What a step needs of one picture. faces[epoch, place, index] -> a dict. (Sec. 4.1)
+    """What a step needs of one picture. (Sec. 4.1)
 
-    views (crops, 3, 224, 224) uint8, random crops; image (3, 112, 112) uint8, the whole picture;
-    label, where there are labels. In place of a picture that cannot be read, which is named once,
-    the next one is taken. With labels that would be a wrong label: then UserError is raised."""
+    In place of a picture that cannot be read, the next one is taken. With labels that would be a
+    wrong label, and an error is raised. Either way the picture is named once.
+
+    Args:
+        paths: the pictures.
+        view_size: pixels a side of a crop.
+        crops: random crops a picture; 0 for none.
+        image_size: pixels a side of the whole picture, resized; 0 for none.
+        crop_min: the least share of the picture that a crop covers.
+        seed: of the crops, which depend on (seed, epoch, place in the epoch) alone.
+        labels: one for each picture, if there are any.
+    Item:
+        faces[epoch, place, index] is a dict: views (crops, 3, 224, 224) uint8; image (3, 112, 112)
+        uint8; label."""
     def __init__(self, paths: list[str], view_size: int = 0, crops: int = 0, image_size: int = 0,
                  crop_min: float = 1, seed: int = 0, labels: list[int] | None = None):
         self.paths, self.labels, self.seed = paths, labels, seed
@@ -835,7 +1022,10 @@ class Faces(Dataset):
         return len(self.paths)
 
     def read(self, index: int) -> Tensor:
-        """A picture, or what takes its place. Raises UserError."""
+        """A picture (3, H, W) uint8, or the one that takes its place.
+
+        Raises:
+            UserError: with labels, this one cannot be read; else 64 in a row cannot."""
         for i in range(index, index + (64 if self.labels is None else 1)):
             i %= len(self)
             with contextlib.suppress(Exception):  # Pillow raises many kinds for broken files
@@ -866,18 +1056,28 @@ class Faces(Dataset):
 class Batches:
     """Which pictures one rank gets in each step: a batch sampler for DataLoader. (Sec. 4.1)
 
-    An epoch is one permutation, drawn from (seed, epoch), or with `weights` (images,) as many draws
-    with replacement. A step takes the next `batch` of it, and each rank an equal share of them.
-    What does not fill a batch is dropped; with `partial` it makes a smaller batch, cut to a
-    multiple of the ranks and left out below 2 a rank. Yields lists of keys of `Faces`."""
+    An epoch is one permutation, drawn from (seed, epoch). A step takes the next `batch` of it, and
+    each rank an equal share of them. The steps to do are `first`, ..., `last` − 1.
+
+    Args:
+        images: how many there are.
+        batch: images a step, over all ranks.
+        seed: of the permutations.
+        world: see `World`.
+        partial: what does not fill a batch makes a smaller one, cut to a multiple of the ranks; it
+            is left out below 2 a rank. Else it is dropped.
+        weights: (images,) where given, an epoch is as many draws with replacement by these weights.
+    Yields:
+        lists of keys of `Faces`."""
     def __init__(self, images: int, batch: int, seed: int, world: World, partial: bool = False,
                  weights: Tensor | None = None):
         self.images, self.batch, self.seed, self.world = images, batch, seed, world
-        self.weights, self.first, self.last = weights, 0, 0  # the steps to do: first, ..., last − 1
+        self.weights, self.first, self.last = weights, 0, 0
         rest = images % batch
         self.per_epoch = images // batch + (partial and rest // world.size >= 2)
 
     def order(self, epoch: int) -> list[int]:
+        """The images of an epoch, by place."""
         draw = generator_of(self.seed, epoch)
         if self.weights is None:
             return torch.randperm(self.images, generator=draw).tolist()
@@ -905,12 +1105,13 @@ grey = TF.rgb_to_grayscale  # (B, 3, H, W) -> (B, 1, H, W)
 
 
 def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
-    """f of x and 1 − f of the other, cut to [0, 1]: at f = 1 x itself, beyond 1 away from other."""
+    """f · x + (1 − f) · other, cut to [0, 1]. At f = 1 it is x; beyond 1 it moves away from other.
+    (torchvision)"""
     return (f * x + (1 - f) * other).clamp(0, 1)
 
 
 def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
-    """Turns the hue by f of a circle, -0.5 to 0.5. (Sec. 4.1, SimCLR)"""
+    """Turns the hue by f of a full circle, -0.5 to 0.5. (Sec. 4.1, SimCLR)"""
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
     r, g, b = x.split(1, dim=1)
@@ -918,7 +1119,7 @@ def adjust_hue(x: Tensor, f: Tensor) -> Tensor:
     # The hue in sixths of a turn, counted from the primary colour that is largest.
     hue = torch.where(value == r, (g - b) / safe,
                       torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) + 6 * f
-    # Back: each colour is the value less as much of the chroma as its distance on the circle asks.
+    # Back: a colour is the value, less the chroma times its distance on the circle of hues.
     k = torch.cat([hue + 5, hue + 3, hue + 1], dim=1) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -942,10 +1143,17 @@ ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Blurs image b by sigma[b] pixels, (B,); 0 leaves it as it is. (Sec. 4.1, SimCLR)
+    """Blurs each image by its own sigma. (Sec. 4.1, SimCLR)
 
-    kernel: taps, odd. A blur of the rows is a matrix K (H × H), mirrored borders and all, so the
-    whole is K x Kᵀ: two batched products with one matrix per image, whatever each one's sigma."""
+    A blur of the rows is a matrix K (H × H), mirrored borders included. So the whole is K x Kᵀ: two
+    batched products, whatever each image's sigma.
+
+    Args:
+        x: (B, 3, H, W).
+        sigma: standard deviation in pixels, (B,); 0 leaves an image as it is.
+        kernel: taps, odd.
+    Returns:
+        the shape of x."""
     tap = torch.arange(kernel, device=x.device) - kernel // 2
     weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]).square())  # (B, 23)
     weight = weight / weight.sum(dim=1, keepdim=True)
@@ -960,7 +1168,13 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
 
 
 def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
-    """Pixels (B, 3, H, W), uint8 or in [0, 1], to mean 0 and standard deviation 1. (Sec. B.1)"""
+    """Brings pixels to mean 0 and standard deviation 1. (Sec. B.1)
+
+    Args:
+        x: (B, 3, H, W), uint8 or in [0, 1].
+        colours: see `colours_of`.
+    Returns:
+        (B, 3, H, W), floating point, channels last in memory."""
     x = x / 255 if x.dtype == torch.uint8 else x
     mean, std = colours  # plain numbers: a tensor of them would be copied, and waited for
     x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
@@ -969,9 +1183,13 @@ def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
 
 @torch.no_grad()
 def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
-    """All of SimCLR's list but the crop. (Sec. 4.1)
+    """All of SimCLR's list but the crop, with torch's generator. (Sec. 4.1)
 
-    x: (B, 3, H, W) uint8. Returns (B, 3, H, W), normalised, in fp32. Draws from torch's generator.
+    Args:
+        x: (B, 3, H, W) uint8.
+        colours: see `colours_of`.
+    Returns:
+        (B, 3, H, W), normalised, fp32.
 
         x = torch.randint(256, (8, 3, 224, 224), dtype=torch.uint8)  # crops, as they were cut
         v1, v2 = augment(x), augment(x)
@@ -991,8 +1209,8 @@ def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
             jittered = ADJUST[i](jittered, strength)
         x = torch.where(happens(0.8), jittered, x)
         x = torch.where(happens(0.2), grey(x), x)
-        # Departure 4: blur with probability ½. At 224 pixels SimCLR's 0.1 to 2, elsewhere the same
-        # share of the picture; over a tenth of the picture, made odd: 23 taps at 224.
+        # Departure 4: blur with probability ½. At 224 pixels SimCLR's sigma of 0.1 to 2 and 23
+        # taps; at other sizes the same shares of the picture.
         size = x.shape[3]
         sigma = torch.where(happens(0.5), uniform(0.1, 2.0) * size / 224, 0.0).flatten()
         return normalise(gaussian_blur(x, sigma, kernel=size // 10 | 1), colours)
@@ -1003,17 +1221,27 @@ def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
 
 @dataclass
 class World:
-    """All that the rest of the file knows of processes: this one's rank, how many, its device."""
+    """All that the rest of the file knows of processes.
+
+    Args:
+        rank: this process, from 0.
+        size: the world size, how many there are.
+        device: this rank's.
+        local_size: how many there are on this machine."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    local_size: int = 1  # processes on this machine
+    local_size: int = 1
 
 
 @contextlib.contextmanager
 def processes():
-    """Joins the group that torchrun started, or is one process without a group. Raises
-    UserError."""
+    """Joins the group that torchrun started; without torchrun it is one process without a group.
+
+    Yields:
+        a `World`.
+    Raises:
+        UserError: more processes than GPUs."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     size, local_size = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     cuda = torch.cuda.is_available()
@@ -1038,7 +1266,14 @@ def processes():
 
 
 def from_rank0(world: World, make):
-    """What `make()` returns in rank 0, in all; its error is a UserError in all."""
+    """Lets rank 0 alone do something, such as reading a file.
+
+    Args:
+        make: a function without arguments; rank 0 calls it.
+    Returns:
+        what it returned, in all ranks.
+    Raises:
+        UserError: in all ranks, where `make` raised a UserError or an OSError."""
     result = [None, None]
     if world.rank == 0:
         try:
@@ -1053,23 +1288,23 @@ def from_rank0(world: World, make):
 
 
 def broadcast(world: World, tensors) -> None:
-    """Rank 0's values into the tensors of all ranks, one after the other."""
+    """Copies rank 0's values into the tensors of all ranks, one tensor after the other."""
     for tensor in tensors if world.size > 1 else ():
         dist.broadcast(tensor, 0)
 
 
 def add_up(world: World, x: Tensor) -> Tensor:
-    """x becomes its sum over the ranks."""
+    """Replaces x by its sum over the ranks, and returns it."""
     if world.size > 1:
         dist.all_reduce(x)
     return x
 
 
 def in_parallel(world: World, module: nn.Module) -> nn.Module:
-    """The module under DistributedDataParallel, if there are several processes.
+    """Wraps a module in DistributedDataParallel, where there are several ranks. (Departure 11)
 
-    BatchNorm stays local to each rank (departure 11). With `find_unused_parameters` DDP keeps its
-    buckets from the first step on, so that a resumed run sums gradients in the same order."""
+    BatchNorm stays local to each rank. With `find_unused_parameters` DDP keeps its buckets from the
+    first step on. So a resumed run sums gradients in the same order."""
     if world.size == 1:
         return module
     warnings.filterwarnings("ignore", ".*broadcast_buffers.*")
@@ -1077,14 +1312,21 @@ def in_parallel(world: World, module: nn.Module) -> nn.Module:
 
 
 def mixed_precision(world: World):
-    """bf16 on GPUs that have it, else fp32. Part I leaves it where fp32 is needed. Departure 13."""
+    """Autocast to bf16 on GPUs that have it, else fp32. (Departure 13) Part I leaves it where fp32
+    is needed."""
     enabled = world.device.type == "cuda" and torch.cuda.is_bf16_supported(
         including_emulation=False)
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def make_loader(s: Settings, world: World, faces: Faces, batches) -> DataLoader:
-    """Batches of pictures, by as many workers as this rank's share of the cores, up to 8."""
+    """A loader of pictures.
+
+    Args:
+        s: its `workers`; −1 is this rank's share of the cores, up to 8.
+        faces, batches: the dataset and its batch sampler.
+    Returns:
+        a DataLoader of dicts, as `Faces` makes them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = s.workers if s.workers >= 0 else min(8, max(1, cores // world.local_size))
     return DataLoader(faces, batch_sampler=batches, num_workers=workers,
@@ -1092,7 +1334,7 @@ def make_loader(s: Settings, world: World, faces: Faces, batches) -> DataLoader:
 
 
 def ignore_signals(worker: int) -> None:
-    """SIGTERM and Ctrl-C reach loader workers too; their parent handles them, and ends both."""
+    """SIGTERM and Ctrl-C reach loader workers too. Their parent handles them, and ends both."""
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, signal.SIG_IGN)
 
@@ -1101,8 +1343,13 @@ def ignore_signals(worker: int) -> None:
 
 
 def write_whole(path: Path, write) -> None:
-    """Lets `write(file)` fill a temporary file, which takes path's place once it is safe on disk:
-    a crash leaves the old file or the new one, never half of one. Raises UserError."""
+    """Writes a file so that a crash leaves the old one or the new one, never half of one.
+
+    Args:
+        path: the file. A temporary file takes its place once it is safe on disk.
+        write: a function that fills an open binary file.
+    Raises:
+        UserError: the disk is full, or not to be written to."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -1117,13 +1364,19 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """`content` as a whole file. Raises UserError."""
+    """Writes `content` as a whole file. Raises UserError, as `write_whole` does."""
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def lock(path: Path):
-    """A lock that holds as long as the returned file is open and this process lives. Raises
-    UserError where another process has it. A disk without locks is no reason to stop."""
+    """Locks a checkpoint for this process. A disk without locks is no reason to stop.
+
+    Args:
+        path: of the checkpoint; the lock is a file beside it.
+    Returns:
+        an open file; the lock holds until it is closed or the process ends.
+    Raises:
+        UserError: another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path.with_suffix(".lock"), "a")
     try:
@@ -1138,8 +1391,12 @@ def lock(path: Path):
 
 
 def load_file(path: Path) -> dict:
-    """A file of torch.save, without running code that it may carry: a dict whose `model`, if it has
-    one, is a dict too. Raises UserError."""
+    """Loads a file of torch.save, without running code that it may carry.
+
+    Returns:
+        a dict; its `model`, if it has one, is a dict too.
+    Raises:
+        UserError: it is damaged, or something else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict) and isinstance(content.get("model", {}), dict):
@@ -1151,7 +1408,14 @@ def load_file(path: Path) -> dict:
 
 
 def load_weights(path: str | Path, module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fills a module from a file's state dict. Raises UserError if it does not fit."""
+    """Fills a module with weights.
+
+    Args:
+        path: the file that they come from, for the message.
+        module: all its parameters and buffers are replaced.
+        state: a state dict.
+    Raises:
+        UserError: names or shapes do not fit."""
     try:
         module.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -1160,15 +1424,32 @@ def load_weights(path: str | Path, module: nn.Module, state: dict[str, Tensor]) 
 
 
 def save_checkpoint(t: Training, done: int) -> None:
-    """What must be equal to resume, the steps done, the next learning rate, the model's weights,
-    and the optimiser's momenta in the order of its parameters."""
+    """Writes all that a run needs to resume.
+
+    That is: what must be equal, the steps done, the next learning rate, the model's weights, and
+    the optimiser's momenta in the order of its parameters. The optimiser's own state dict would
+    bring back an old learning rate and weight decay.
+
+    Args:
+        t: see `Training`.
+        done: steps that have been taken.
+    Raises:
+        UserError: see `write_whole`."""
     content = {"same": t.same, "step": done, "rate": t.learning_rate(done),
                "model": t.model.state_dict(), "momenta": t.momenta}
     write_whole(t.path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
-    """Steps done, 0 without a file; and what to tell about it. Rank 0 alone. Raises UserError."""
+    """Locks a run, and fills model and momenta from its checkpoint. For rank 0 alone.
+
+    Args:
+        t: see `Training`.
+        fresh: remove the checkpoint first.
+    Returns:
+        the steps done, 0 without a checkpoint; and what to tell the user.
+    Raises:
+        UserError: the checkpoint is damaged or comes from other settings or pictures."""
     t.lock = lock(t.path)
     if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         t.path.unlink(missing_ok=True)  # but not when torchrun has started all ranks anew
@@ -1196,9 +1477,20 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
 
 
 def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int, **more) -> dict:
-    """What must be equal for a run to be resumed: the settings that shape it, the real batch, and
-    the pictures, known by their names and, on rank 0's machine, by their sizes. Raises
-    UserError."""
+    """What must be equal for a run to be resumed.
+
+    Args:
+        s: the settings that are not `free` count.
+        world: see `World`.
+        data: the dataset's folder.
+        paths: its pictures. They are known by their relative names, which must agree over the
+            ranks, and by their sizes on rank 0's machine.
+        batch: the real batch, over all ranks.
+        more: what else must be equal.
+    Returns:
+        a dict of plain values.
+    Raises:
+        UserError: the machines hold different pictures."""
     names = seed_of([os.path.relpath(p, data) for p in paths])
     if from_rank0(world, lambda: names) != names:
         raise UserError(f"{data} does not hold the same pictures on all machines; copy it whole "
@@ -1212,24 +1504,31 @@ def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int
 # ===== What is shown and logged =====
 
 
-def watched(world: World, loading: DataLoader, first: int, last: int, status: dict):
-    """Yields a loader's batches, of steps `first` to `last` − 1. Every few seconds rank 0 prints
-    what stands in `status`, speed, the share of the time spent waiting for the loader, time
-    left."""
-    batches, began, shown, waited, images = iter(loading), time.perf_counter(), 0.0, 0.0, 0
+def watched(world: World, loading: DataLoader, first: int, last: int, images: int, status: dict):
+    """Yields a loader's batches. Every few seconds rank 0 prints a line.
+
+    The line has what stands in `status`, the speed, the share of the time that was spent waiting
+    for the loader, and the time left.
+
+    Args:
+        loading: the loader.
+        first, last: its batches are those of the steps `first` to `last` − 1.
+        images: images a step, over all ranks.
+        status: numbers by name; the caller changes them."""
+    batches, began, shown, waited = iter(loading), time.perf_counter(), 0.0, 0.0
     for done in range(first + 1, last + 1):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
-        images += len(next(iter(batch.values()))) * world.size
         yield batch
         now = time.perf_counter()
         if done in (first + 1, last) or now - shown > 5:
             shown, spent = now, now - began
-            left = timedelta(seconds=round(spent / (done - first) * (last - done)))
-            say(world, "  ".join([f"{done:,}/{last:,}", *(f"{k} {v:.4g}" for k, v in status.items()),
-                                  f"{images / spent:.0f} images/s",
-                                  f"waiting {waited / spent:.0%}", f"left {left}"]))
+            told = [f"{done:,}/{last:,}", *(f"{k} {v:.4g}" for k, v in status.items())]
+            told += [f"{images * (done - first) / spent:.0f} images/s",
+                     f"waiting {waited / spent:.0%}",
+                     f"left {timedelta(seconds=round(spent / (done - first) * (last - done)))}"]
+            say(world, "  ".join(told))
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -1241,7 +1540,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 def say(world: World, text: str) -> None:
-    """Prints, on rank 0. Nothing that goes wrong in showing ends a training."""
+    """Prints, on rank 0. A closed terminal does not end a training."""
     with contextlib.suppress(OSError, ValueError):
         if world.rank == 0:
             print(text, flush=True)
@@ -1254,29 +1553,47 @@ stop_asked = threading.Event()  # set by SIGTERM: a cluster takes the machine ba
 
 @dataclass
 class Training:
-    """What `fit` works on; `set_up` makes it."""
-    path: Path  # of the checkpoint
-    same: dict  # see `identity`
-    model: nn.Module  # all that is saved
-    net: nn.Module  # what is trained of it, under DDP where ranks are several
+    """What `fit` works on; `set_up` makes it.
+
+    Args:
+        path: of the checkpoint.
+        same: see `identity`.
+        model: all that is saved.
+        net: what is trained of it, under DDP where there are several ranks.
+        optimizer: SGD over the parameters of `net`.
+        momenta: the optimiser's, in the order of its parameters.
+        faces, batches: the pictures and their order.
+        learning_rate: a function of the step, from 0.
+        lock: see `lock`."""
+    path: Path
+    same: dict
+    model: nn.Module
+    net: nn.Module
     optimizer: torch.optim.SGD
-    momenta: list[Tensor]  # the optimiser's, in the order of its parameters
+    momenta: list[Tensor]
     faces: Faces
     batches: Batches
-    learning_rate: Callable[[int], float]  # of step i, from 0
-    lock: object = None  # an open file, see `lock`
+    learning_rate: Callable[[int], float]
+    lock: object = None
 
 
 def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ...]) -> None:
     """The loop over steps, for pre-training and evaluation. (Sec. 4.1)
 
-    step(batch): the forward pass, a dict of tensors with the scalar `loss`. save(i): writes the
-    checkpoint after i steps. shown: what the status line shows of a step. Raises UserError."""
+    Args:
+        step: the forward pass. It takes a batch on the device and returns a dict of tensors: the
+            scalar `loss`, with gradient; other scalars, which are logged; vectors, which are summed
+            up for the log.
+        save: writes the checkpoint; takes the number of steps done.
+        shown: which scalars the status line shows.
+    Raises:
+        UserError: loss or gradient are not finite, or the run was told to stop."""
     first, last, sums, status = t.batches.first, t.batches.last, {}, {}
     log = t.path.with_name(t.path.stem.replace("checkpoint", "log", 1) + ".jsonl")
     from_rank0(world, lambda: cut_log(log, first))
     loading = make_loader(s, world, t.faces, t.batches)
-    for i, batch in enumerate(watched(world, loading, first, last, status), first):
+    steps = watched(world, loading, first, last, t.batches.batch, status)
+    for i, batch in enumerate(steps, first):
         torch.manual_seed(seed_of(s.seed, i, world.rank))
         rate, epoch = t.learning_rate(i), i // t.batches.per_epoch + 1
         t.optimizer.param_groups[0]["lr"] = rate
@@ -1316,10 +1633,16 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
 
 
 def reduced(world: World, net: nn.Module, out: dict[str, Tensor]) -> dict[str, float]:
-    """The scalars of a step as numbers, means over the ranks; `gradient`, the norm of this rank's
-    or, under DDP, of the mean gradient; `stop`, above 0 if a rank has been told to stop.
+    """The scalars of a step as plain numbers, means over the ranks.
 
-    This is the one place where the host waits for the device. A NaN of one rank reaches all."""
+    This is the one place where the host waits for the device. A NaN of one rank reaches all.
+
+    Args:
+        net: the module that was trained; with DDP its gradients are means over the ranks.
+        out: what the step returned.
+    Returns:
+        the scalars of `out`; `gradient`, the norm of this rank's gradient; `stop`, above 0 where a
+        rank has been told to stop."""
     scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
     scalars["gradient"] = nn.utils.get_total_norm(
         p.grad for p in net.parameters() if p.grad is not None)
@@ -1331,10 +1654,18 @@ def reduced(world: World, net: nn.Module, out: dict[str, Tensor]) -> dict[str, f
 def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, faces: Faces,
            path: Path, partial: bool = False, weights: Tensor | None = None, cosine: bool = True,
            **more) -> Training:
-    """Makes what `fit` works on, and resumes from the checkpoint `path` where there is one.
+    """Makes what `fit` works on, and resumes from the checkpoint where there is one.
 
-    trained: the part of the model that is trained. partial, weights: see `Batches`. cosine: the
-    schedule; else the learning rate is constant. more: see `identity`. Raises UserError."""
+    Args:
+        model: all that is saved.
+        trained: the part of it that is trained.
+        faces: the pictures.
+        path: of the checkpoint.
+        partial, weights: see `Batches`.
+        cosine: the learning rate falls to 0 on a cosine; else it is constant.
+        more: see `identity`.
+    Raises:
+        UserError: the batch is larger than the data or too small; see also `load_checkpoint`."""
     data = find_data(s.data)
     # Departure 10: ⌊256/W⌋ images a rank, 255 on three.
     share = min(s.batch_size, len(faces) if partial else s.batch_size) // world.size
@@ -1372,8 +1703,12 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
 
 
 def pretrain(s: Settings, world: World) -> None:
-    """SimFLE on pictures without labels; leaves checkpoint.pt, backbone.pt, settings.json and
-    log.jsonl in runs/NAME/. (Sec. 4.1) Raises UserError."""
+    """SimFLE on pictures without labels. (Sec. 4.1)
+
+    Leaves checkpoint.pt, backbone.pt, settings.json and log.jsonl in runs/NAME/.
+
+    Raises:
+        UserError: see `set_up`, `fit` and `load_start`."""
     data, folder = find_data(s.data), Path("runs", s.name)
     paths = find_pictures(data / "train" if (data / "train").is_dir() else data)
     faces, colours = Faces(paths, s.view_size, 2, s.ffl_size, s.crop_min, s.seed), colours_of(data)
@@ -1409,7 +1744,14 @@ def pretrain(s: Settings, world: World) -> None:
 
 
 def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
-    """The classes (a split's folders, sorted), all pictures, their labels. Raises UserError."""
+    """The pictures of a split, whose class is their folder.
+
+    Args:
+        folder: train/ or val/ of a dataset.
+    Returns:
+        the names of the classes, sorted; the paths; the labels, places in the list of names.
+    Raises:
+        UserError: fewer than two classes, or one without pictures."""
     classes = sorted(p.name for p in folder.glob("[!._]*") if p.is_dir())
     if len(classes) < 2:
         raise UserError(f"{folder} needs a folder of pictures for each of two or more classes; an "
@@ -1420,8 +1762,15 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
 
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
-    """The images that keep their labels: the same share of every class, at least one. (B.2;
-    departure 19)"""
+    """The images that keep their labels: the same share of every class, at least one. (Sec. B.2;
+    departure 19)
+
+    Args:
+        labels: of all images.
+        share: from 0 to 1.
+        seed: of the draw.
+    Returns:
+        indices of the images, sorted."""
     order = torch.randperm(len(labels), generator=generator_of(seed, "labels")).tolist()
     chosen = []
     for label in set(labels):
@@ -1431,9 +1780,9 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
 
 
 class Head(nn.Linear):
-    """A linear layer in fp32, whatever comes before it: bf16 would make logits equal. (ours)
+    """A linear layer in fp32: in bf16 the logits of several classes would often be equal. (ours)
 
-    Its weights start at N(0, 0.01), its bias at 0, as the authors' do."""
+    Authors: weights from N(0, 0.01), bias 0."""
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
@@ -1456,9 +1805,16 @@ def data_name(data: str) -> str:
 
 
 def load_start(init: str | Path, arch: str) -> dict:
-    """ImageNet's weights, a backbone.pt or a classifier: a dict with `model`, the state dict without
-    `fc`; `fc`, its head; `classes`, those that the head knows, if any; `start`, the file's SHA-256.
-    Raises UserError."""
+    """The weights that a run or an evaluation starts from.
+
+    Args:
+        init: `imagenet`, or the path of a backbone.pt or a classifier.
+        arch: the net, for ImageNet's weights.
+    Returns:
+        a dict: `model`, a ResNet's state dict without `fc`; `fc`, that of its head; `classes`,
+        of the head, or None; `start`, the file's SHA-256, or "imagenet".
+    Raises:
+        UserError: there are no such weights."""
     if init == "imagenet":
         try:
             saved = torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
@@ -1478,8 +1834,18 @@ def load_start(init: str | Path, arch: str) -> dict:
 
 def start_net(net: nn.Module, head: Head, s: Settings, init: str | Path,
               classes: list[str]) -> str:
-    """Fills a ResNet without `fc`, and its head where the file has one for these classes, which are
-    matched by name. Returns what the weights are known by. Raises UserError."""
+    """Fills a net with the weights it starts from. A saved head's classes are matched by name.
+
+    Args:
+        net: a ResNet without `fc`.
+        head: its head, which keeps its own weights where the file has none.
+        s: its `arch` and `eval`.
+        init: `random`, or see `load_start`.
+        classes: names of the dataset's classes.
+    Returns:
+        what the weights are known by.
+    Raises:
+        UserError: they do not fit, their classes differ, or a head is missing (finetune)."""
     if init == "random":
         return "random"
     saved = load_start(init, s.arch)
@@ -1500,13 +1866,22 @@ def start_net(net: nn.Module, head: Head, s: Settings, init: str | Path,
 @torch.no_grad()
 def outputs_of(s: Settings, world: World, net: nn.Module, faces: Faces,
                colours) -> tuple[Tensor, Tensor]:
-    """What rank 0's net makes of whole pictures, (N, ·) in fp32, and their labels (N,), on the
-    device. Every rank sees all pictures: a test set is small, and nothing has to be gathered.
-    Raises UserError."""
+    """What rank 0's net returns for whole pictures.
+
+    Every rank sees all of them. A test set is small, and so nothing has to be gathered.
+
+    Args:
+        net: in eval mode, a module of images.
+        faces: pictures with labels; their `image` is used.
+        colours: see `colours_of`.
+    Returns:
+        the outputs (N, ·), fp32, and the labels (N,), on the device.
+    Raises:
+        UserError: a picture cannot be read, or the run was told to stop."""
     batches, found = BatchSampler([(0, i, i) for i in range(len(faces))], 256, False), []
     loading = make_loader(s, world, faces, batches)
     broadcast(world, net.state_dict().values())
-    for batch in watched(world, loading, 0, len(batches), {}):
+    for batch in watched(world, loading, 0, len(batches), 256, {}):
         batch = {k: v.to(world.device) for k, v in batch.items()}
         with mixed_precision(world):
             output = net(normalise(batch["image"], colours))
@@ -1522,14 +1897,23 @@ def converged_head(x: Tensor, y: Tensor, mass: Tensor,
                    strength: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression on frozen features, until its gradient is small. (ours)
 
-    What it finds does not depend on a rate or a number of epochs. Features are standardised. L-BFGS
-    minimises mean cross-entropy + strength/2 ‖W‖², without the bias in ‖W‖. It ends when no entry
-    of the gradient is above 1e-5, or after 5,000 iterations. For strengths from 3e-4 to 1e-2 the
-    accuracy of one classifier varied by 0.4 to 2.3 points. (Pixels, an untrained net and one after
-    500 steps, preset laptop, toy faces and photographs, one seed.)
+    What it finds does not depend on a learning rate or a number of epochs. Features are
+    standardised. L-BFGS minimises mean cross-entropy + strength/2 ‖W‖², without the bias in ‖W‖. It
+    ends when no entry of the gradient is above 1e-5, or after 5,000 iterations.
 
-    x: (N, c′). y: (N,) labels. mass: (classes,) weight of an image of each class. Returns weights
-    (classes, c′) and bias (classes,), float64, for features as they are. Raises UserError."""
+    For strengths from 3e-4 to 1e-2 the accuracy of one classifier varied by 0.4 to 2.3 points.
+    (Pixels, an untrained net and one after 500 steps, preset laptop, toy faces and photographs, one
+    seed.)
+
+    Args:
+        x: features (N, c′).
+        y: labels (N,).
+        mass: the weight of an image of each class, (classes,).
+        strength: of the L2 penalty.
+    Returns:
+        weights (classes, c′) and bias (classes,), float64, for features as they are.
+    Raises:
+        UserError: features are not finite."""
     x, mass = x.double(), mass.double()
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite; give one that is trained well.")
@@ -1552,8 +1936,14 @@ def converged_head(x: Tensor, y: Tensor, mass: Tensor,
 
 
 def summary(guess: Tensor, labels: Tensor, classes: list[str]) -> dict:
-    """Accuracy over images, per class, and the mean over classes, in percent; and the confusion
-    matrix: how many pictures of class i (row) were taken for class j. (Sec. 4.2)"""
+    """Accuracies and the confusion matrix. (Sec. 4.2)
+
+    Args:
+        guess, labels: classes (N,).
+        classes: their names.
+    Returns:
+        a dict: accuracy over images, per_class, mean_accuracy over classes, in percent; images, N;
+        confusion, how many pictures of class i (row) were taken for class j."""
     K = len(classes)
     confusion = torch.bincount(labels * K + guess, minlength=K**2).cpu().reshape(K, K)
     per_class = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)
@@ -1563,8 +1953,14 @@ def summary(guess: Tensor, labels: Tensor, classes: list[str]) -> dict:
 
 
 def linear_result(s: Settings, world: World) -> Path:
-    """The run's linear classifier on its own data, from which fine-tuning starts; made first where
-    it is missing or of another backbone. (B.3)"""
+    """The linear classifier that fine-tuning starts from: the run's, on its own data. (Sec. B.3)
+
+    It is made first where it is missing or of another backbone.
+
+    Returns:
+        its path.
+    Raises:
+        UserError: see `evaluate`."""
     own = from_rank0(world, lambda: read_settings(dict(
         eval="linear", name=s.name, workers=s.workers,
         data=run_settings(s.name).get("data", s.data))))
@@ -1581,8 +1977,15 @@ def linear_result(s: Settings, world: World) -> Path:
 
 
 def evaluate(s: Settings, world: World) -> dict:
-    """One protocol on one dataset: leaves a classifier, PROTOCOL-DATA.pt, and its accuracy,
-    eval-PROTOCOL-DATA.json, in the run's folder. (Sec. 4.2, B) Raises UserError."""
+    """One protocol on one dataset. (Sec. 4.2, B)
+
+    Leaves a classifier, PROTOCOL-DATA.pt, and its result, eval-PROTOCOL-DATA.json, in the run's
+    folder.
+
+    Returns:
+        the result, see `summary`.
+    Raises:
+        UserError: see `labelled_pictures`, `start_net`, `set_up`, `fit` and `outputs_of`."""
     data, folder = find_data(s.data), Path("runs", s.name)
     classes, paths, labels = labelled_pictures(data / "train")
     same, val_paths, val_labels = labelled_pictures(data / "val")
@@ -1634,7 +2037,15 @@ def evaluate(s: Settings, world: World) -> dict:
 
 def train_classifier(s: Settings, world: World, net: nn.Module, faces: Faces, colours, path: Path,
                      weights: Tensor, start: str) -> None:
-    """The protocols' training: of the head alone (linear) or of the whole net. (Sec. B)"""
+    """The training of a protocol: of the head alone (linear) or of the whole net. (Sec. B)
+
+    Args:
+        net: a ResNet with its head.
+        faces: pictures with labels.
+        colours: see `colours_of`.
+        path: of the checkpoint.
+        weights: of the images, used with --oversample.
+        start: what the net's weights are known by."""
     frozen = s.eval == "linear"
     net.train(not frozen)  # departure 20: BatchNorm in train mode wherever all is trained
     t = set_up(s, world, net, net.fc if frozen else net, faces, path, partial=True,
@@ -1660,8 +2071,13 @@ HERE = Path(__file__).resolve().parent
 
 
 def small_resnet(width: int = 32) -> nn.Module:
-    """A ResNet for laptops: one block a stage, `width` channels in the first. With its stride of 16
-    the map of 56 pixels is 4 × 4; with 32, four numbers would have to draw 49 patches. (ours)"""
+    """A ResNet for laptops, with one block a stage. (ours)
+
+    Its stride is 16, so the map of 56 pixels is 4 × 4. With 32 it would be 2 × 2, too few values to
+    tell 49 patches apart.
+
+    Args:
+        width: channels of the first stage."""
     block = torchvision.models.resnet.BasicBlock
     net = torchvision.models.ResNet(block, [1, 1, 1, 1])
     net.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
@@ -1705,8 +2121,14 @@ PROTOCOLS = {"paper": {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weigh
 
 def setting(default, help: str, low: float | None = None, high: float = math.inf,
             free: bool = False, choices=None):
-    """A field of `Settings`: what --help says, its bounds, whether it may change when a run is
-    resumed (`free`), and the names that it can have."""
+    """A field of `Settings`.
+
+    Args:
+        default: its default.
+        help: its text in --help.
+        low, high: its bounds.
+        free: whether it may change when a run is resumed.
+        choices: the names that it can have."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, free=free,
                                                 choices=choices))
 
@@ -1768,7 +2190,12 @@ IN_NAMES = ("preset", "labels", "init", "oversample", "seed", "epochs", "steps",
 
 
 def read_arguments(argv: list[str] | None = None) -> dict:
-    """What the command line gives, and no more. Raises UserError."""
+    """Reads the command line.
+
+    Returns:
+        the options that were given, and no more.
+    Raises:
+        UserError: an option is unknown or no number."""
     def complain(message: str):
         raise UserError(f"{message}; `python simfle.py --help` lists the options.")
 
@@ -1788,7 +2215,10 @@ def read_arguments(argv: list[str] | None = None) -> dict:
 
 
 def read_settings(args: dict) -> Settings:
-    """The arguments, on top of the preset, the protocol and the evaluated run. Raises UserError."""
+    """The arguments, on top of the preset, the protocol and the evaluated run.
+
+    Raises:
+        UserError: see `checked`."""
     protocol, name = args.get("eval", ""), args.get("name", "")
     trained = run_settings(name or data_name(args.get("data", "toy"))) if protocol else {}
     data = args["data"] if "data" in args else trained.get("data", "toy")
@@ -1805,7 +2235,10 @@ def read_settings(args: dict) -> Settings:
 
 
 def checked(s: Settings) -> Settings:
-    """The same settings. Raises UserError for what cannot work, before anything is loaded."""
+    """Returns the same settings.
+
+    Raises:
+        UserError: they cannot work; nothing has been loaded yet."""
     for f in fields(s)[:-1]:
         option, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
         low, high, names = (f.metadata[k] for k in ("low", "high", "choices"))
@@ -1833,8 +2266,13 @@ def tag_of(usual: dict, args: dict) -> str:
 
 
 def build_model(s: Settings, start: dict | None = None) -> nn.Module:
-    """The model that the settings describe, its weights drawn from the seed; the backbone's are
-    those of the state dict `start`, if it is given. Raises UserError."""
+    """The model that the settings describe, its weights drawn from the seed.
+
+    Args:
+        s: see `Settings`.
+        start: a ResNet's state dict without `fc`, for the backbone.
+    Raises:
+        UserError: sizes do not fit together, or `start` does not fit the net."""
     torch.manual_seed(s.seed)
     backbone = Backbone(RESNETS[s.arch]())
     if start:  # before the target is copied
@@ -1857,14 +2295,16 @@ def build_model(s: Settings, start: dict | None = None) -> nn.Module:
 
 
 def run_program(name: str, *args: str) -> None:
-    """Runs data/NAME, a program beside this file. Raises UserError."""
+    """Runs data/NAME, a program beside this file. Raises UserError where it fails."""
     if subprocess.run([sys.executable, HERE / "data" / name, *args]).returncode:
         raise UserError(f"data/{name} failed; it says above why.")
 
 
 def demo(s: Settings, world: World) -> None:
     """Pre-trains on toy faces, which it draws first, and evaluates and draws what came out.
-    Raises UserError."""
+
+    Raises:
+        UserError: see `pretrain` and `evaluate`."""
     local_rank0 = int(os.environ.get("LOCAL_RANK", 0)) == 0  # each machine has its own disk
     if local_rank0 and not (HERE / "data" / "toy" / "complete").exists():
         run_program("toy.py")
@@ -1897,8 +2337,13 @@ def run(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2 after a UserError, 143 when stopped by SIGTERM, 130 by Ctrl-C; 1
-    when another process has failed, or for a fault of the program itself, with its traceback."""
+    """The program.
+
+    Args:
+        argv: the command line, without the program's name; by default that of this process.
+    Returns:
+        the exit code: 0; 2 after a UserError, 143 when stopped by SIGTERM, 130 by Ctrl-C; 1 when
+        another process has failed, or for a fault of the program itself, with its traceback."""
     before = signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
     told, code = "", 0
     try:
