@@ -43,133 +43,156 @@ HAIRS = ((30, 24, 22), (74, 46, 28), (130, 84, 40), (205, 164, 92), (150, 60, 30
          (90, 60, 140))
 
 
+class Face:
+    """A face in the making: its expression, identity and pose, and the picture so far.
+
+    The parts are drawn from back to front. The order of the random numbers decides what a seed
+    looks like, so it has to stay.
+    """
+
+    def __init__(self, expression: str, rng: random.Random, scale: int):
+        self.rng, self.scale, uniform = rng, scale, rng.uniform
+        strength = uniform(0.75, 1.25)
+        self.e = {k: strength * EXPRESSIONS[expression].get(k, 0.0) + rng.gauss(0, 0.08)
+                  for k in ("brow", "tilt", "eye", "curve", "open", "width", "sneer", "side")}
+        self.mirrored = rng.choice((-1, 1))  # which side of the face a contemptuous smile takes
+
+        # Identity.
+        self.skin = skin = tuple(round(c * uniform(0.9, 1.08)) for c in rng.choice(SKINS))
+        self.hair = tuple(round(c * uniform(0.8, 1.2)) for c in rng.choice(HAIRS))
+        self.head_w, self.head_h = uniform(0.72, 0.82), uniform(0.92, 1.0)
+        self.eye_x, self.eye_y = uniform(0.32, 0.38), uniform(-0.18, -0.10)
+        self.eye_w = uniform(0.19, 0.24)
+        self.brow_y, self.brow_thick = self.eye_y - uniform(0.26, 0.31), uniform(0.05, 0.09)
+        self.mouth_y, self.mouth_w = uniform(0.46, 0.54), uniform(0.32, 0.40)
+        self.nose_y = uniform(0.14, 0.22)
+        self.lips = rng.choice((shade(skin, 0.7), (190, 70, 80), (150, 60, 70), shade(skin, 0.8)))
+
+        # Pose: roll, yaw, pitch, distance, place.
+        self.roll, self.yaw, self.pitch = rng.gauss(0, 0.10), rng.gauss(0, 0.18), rng.gauss(0, 0.08)
+        self.zoom = scale * uniform(0.52, 0.64)
+        self.cx, self.cy = scale * uniform(0.45, 0.55), scale * uniform(0.43, 0.53)
+
+        self.image = background(rng, scale)
+        self.draw, self.line = ImageDraw.Draw(self.image), round(self.zoom * 0.035)
+
+    def at(self, x, y, depth=None):
+        """Face coordinates (x to the right, y down, the head about -1..1) as pixels.
+
+        Without a depth the point lies on a ball that turns with the head.
+        """
+        z = math.sqrt(max(0.0, 1.0 - x * x - y * y)) if depth is None else depth
+        x = x * math.cos(self.yaw) + z * math.sin(self.yaw) * 0.6
+        y = y * math.cos(self.pitch) + z * math.sin(self.pitch)
+        return (self.cx + self.zoom * (x * math.cos(self.roll) - y * math.sin(self.roll)),
+                self.cy + self.zoom * (x * math.sin(self.roll) + y * math.cos(self.roll)))
+
+    def oval(self, x, y, w, h, depth=None, first=0, last=360, steps=32):
+        """An ellipse around (x, y), or its arc between two angles, as points in pixels."""
+        angles = [math.radians(first + (last - first) * i / steps) for i in range(steps + 1)]
+        return [self.at(x + w * math.cos(a), y + h * math.sin(a), depth) for a in angles]
+
+    def draw_head(self) -> None:
+        """What is behind the head, then the head, then hair, a cap or a beard on it."""
+        at, oval, draw, rng = self.at, self.oval, self.draw, self.rng
+        skin, hair, head_w, head_h = self.skin, self.hair, self.head_w, self.head_h
+        hairstyle = rng.choice(("short", "long", "bald", "fringe", "cap"))
+        if hairstyle in ("long", "fringe"):
+            draw.polygon(oval(0, 0.15, head_w * 1.25, head_h * 1.15, 0), fill=hair)
+        draw.polygon([at(-0.3, 0.6, 0), at(0.3, 0.6, 0), at(0.34, 1.5, 0), at(-0.34, 1.5, 0)],
+                     fill=shade(skin, 0.8))
+        draw.polygon(oval(0, 1.85, 1.15, 0.62, 0), fill=random_colour(rng))
+        for side in (-1, 1):
+            draw.polygon(oval(side * head_w, 0.0, 0.12, 0.2, 0), fill=shade(skin, 0.88))
+        draw.polygon(oval(0, 0, head_w, head_h, 0), fill=skin)
+        if hairstyle != "bald":
+            top = random_colour(rng) if hairstyle == "cap" else hair
+            low = {"short": -0.55, "long": -0.6, "fringe": -0.4, "cap": -0.45}[hairstyle]
+            arc = oval(0, 0, head_w * 1.06, head_h * 1.06, 0, 205, 335, 24)
+            parting = at(0.1 * rng.choice((-1, 1)), low - 0.12, 0)
+            draw.polygon([*arc, at(head_w * 0.8, low, 0), parting, at(-head_w * 0.8, low, 0)], top)
+        if rng.random() < 0.1:  # a beard, a moustache or stubble, under the mouth drawn over it
+            draw.polygon(oval(0, 0.45, head_w * 0.62, head_h * 0.5, None, 0, 180),
+                         fill=mix(skin, hair, rng.uniform(0.3, 0.9)))
+
+    def draw_eyes(self) -> None:
+        """Eyes that look somewhere, their lids, and the brows."""
+        at, oval, draw, rng, e = self.at, self.oval, self.draw, self.rng, self.e
+        eye_x, eye_y, eye_w = self.eye_x, self.eye_y, self.eye_w
+        iris = rng.choice(((70, 45, 25), (60, 100, 160), (70, 120, 70), (40, 30, 25)))
+        gaze_x, gaze_y = rng.uniform(-0.3, 0.3) * eye_w, rng.uniform(-0.15, 0.15) * eye_w
+        h = max(0.02, eye_w * (0.52 + 0.42 * e["eye"] - 0.1 * e["sneer"]))
+        r = min(eye_w * 0.5, h * 0.95)
+        for side in (-1, 1):
+            x, y = side * eye_x + gaze_x, eye_y + gaze_y * h / eye_w
+            draw.polygon(oval(side * eye_x, eye_y, eye_w, h), fill=(245, 243, 238))
+            draw.polygon(oval(x, y, r, r), fill=iris)
+            draw.polygon(oval(x, y, r / 2, r / 2), fill=(10, 10, 10))
+            draw.line(oval(side * eye_x, eye_y, eye_w * 1.05, h, None, 180, 360),
+                      fill=shade(self.skin, 0.35), width=self.line)
+            alone = e["side"] if side == self.mirrored else 0.0
+            y = self.brow_y - 0.13 * e["brow"] - 0.16 * alone + 0.04 * e["sneer"]
+            inner = at(side * (eye_x - eye_w * 1.05), y - 0.13 * e["tilt"])
+            middle = at(side * eye_x, y - 0.04)
+            outer = at(side * (eye_x + eye_w * 1.15), y + 0.09 * e["tilt"] + 0.01)
+            draw.line([inner, middle, outer], fill=mix(self.hair, (20, 15, 10), 0.4),
+                      joint="curve", width=max(2, round(self.zoom * self.brow_thick)))
+
+    def draw_nose_and_mouth(self) -> None:
+        """The nose, the folds beside it that a sneer or a smile deepens, the lips, the teeth."""
+        at, draw, e, skin, line = self.at, self.draw, self.e, self.skin, self.line
+        tip = self.nose_y - 0.05 * e["sneer"]
+        draw.line([at(-0.03, self.eye_y + 0.05), at(-0.09, tip), at(0.07, tip + 0.01)],
+                  fill=shade(skin, 0.65), width=line, joint="curve")
+        fold = max(e["sneer"], 0.6 * e["curve"], 0.0)
+        for side in (-1, 1):
+            draw.line([at(side * 0.12, tip - 0.06), at(side * 0.26, tip + 0.14)], width=line,
+                      fill=mix(skin, shade(skin, 0.55), min(1.0, fold)))
+        if e["sneer"] > 0.4:
+            for y in (self.eye_y, self.eye_y + 0.06):
+                draw.line([at(-0.07, y), at(0.07, y)], fill=shade(skin, 0.6), width=line)
+
+        # The mouth: a middle line that bends, opened by lips that move apart.
+        mouth_y, w = self.mouth_y, self.mouth_w * (1 + 0.45 * e["width"])
+        gape = max(0.0, e["open"]) * 0.26
+        upper, lower = [], []
+        for i in range(25):
+            t = -1 + i / 12
+            bend = -0.24 * e["curve"] * (t * t - 0.4)
+            bend -= 0.28 * e["side"] * max(0.0, t * self.mirrored) ** 2
+            lift = 0.09 * max(0.0, e["sneer"]) * (1 - t * t)
+            upper.append(at(t * w, mouth_y + bend - gape * 0.6 * (1 - t * t) - lift))
+            lower.append(at(t * w, mouth_y + bend + gape * 1.1 * (1 - t * t) + 0.012))
+        draw.polygon(upper + lower[::-1], fill=(90, 25, 30))
+        if gape + 0.06 * max(0.0, e["sneer"]) > 0.03:  # teeth, under the upper lip
+            teeth = [(x0 * 0.65 + x1 * 0.35, y0 * 0.65 + y1 * 0.35)
+                     for (x0, y0), (x1, y1) in zip(upper, lower)]
+            draw.polygon(upper[3:-3] + teeth[3:-3][::-1], fill=(240, 238, 230))
+        thick = round(self.zoom * self.rng.uniform(0.03, 0.055))
+        draw.line(upper, fill=self.lips, width=thick, joint="curve")
+        draw.line(lower, fill=self.lips, width=thick, joint="curve")
+
+    def draw_things(self) -> None:
+        """Now and then glasses, and something in front of the picture: a hand, a microphone."""
+        at, draw, rng, scale, line = self.at, self.draw, self.rng, self.scale, self.line
+        if rng.random() < 0.15:
+            x, y, w, frame = self.eye_x, self.eye_y, self.eye_w * 1.4, random_colour(rng)
+            for side in (-1, 1):
+                draw.line(self.oval(side * x, y, w, self.eye_w * 1.15), fill=frame, width=line)
+            draw.line([at(-x + w, y), at(x - w, y)], fill=frame, width=line)
+        if rng.random() < 0.05:
+            angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0.45, 0.6) * scale
+            x, y = self.cx + far * math.cos(angle), self.cy + far * math.sin(angle)
+            r = scale * rng.uniform(0.1, 0.2)
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=random_colour(rng))
+
+
 def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Image:
     """One face of class `expression` (a key of EXPRESSIONS), RGB, size x size pixels."""
-    scale = 3 * size  # drawn three times too large and shrunk at the end: smooth edges
-    uniform, chance = rng.uniform, lambda p: rng.random() < p
-    strength = uniform(0.75, 1.25)
-    e = {k: strength * EXPRESSIONS[expression].get(k, 0.0) + rng.gauss(0, 0.08)
-         for k in ("brow", "tilt", "eye", "curve", "open", "width", "sneer", "side")}
-    mirrored = rng.choice((-1, 1))  # which side of the face a contemptuous smile takes
-
-    # Identity.
-    skin = tuple(round(c * uniform(0.9, 1.08)) for c in rng.choice(SKINS))
-    hair = tuple(round(c * uniform(0.8, 1.2)) for c in rng.choice(HAIRS))
-    head_w, head_h = uniform(0.72, 0.82), uniform(0.92, 1.0)
-    eye_x, eye_y, eye_w = uniform(0.32, 0.38), uniform(-0.18, -0.10), uniform(0.19, 0.24)
-    brow_y, brow_thick = eye_y - uniform(0.26, 0.31), uniform(0.05, 0.09)
-    mouth_y, mouth_w, nose_y = uniform(0.46, 0.54), uniform(0.32, 0.40), uniform(0.14, 0.22)
-    lips = rng.choice((shade(skin, 0.7), (190, 70, 80), (150, 60, 70), shade(skin, 0.8)))
-
-    # Pose: roll, yaw, pitch, distance, place. `at` takes face coordinates (x to the right, y down,
-    # the head about -1..1) to pixels, as if the features lay on a ball that turns.
-    roll, yaw, pitch = rng.gauss(0, 0.10), rng.gauss(0, 0.18), rng.gauss(0, 0.08)
-    zoom = scale * uniform(0.52, 0.64)
-    cx, cy = scale * uniform(0.45, 0.55), scale * uniform(0.43, 0.53)
-
-    def at(x, y, depth=None):
-        z = math.sqrt(max(0.0, 1.0 - x * x - y * y)) if depth is None else depth
-        x = x * math.cos(yaw) + z * math.sin(yaw) * 0.6
-        y = y * math.cos(pitch) + z * math.sin(pitch)
-        return (cx + zoom * (x * math.cos(roll) - y * math.sin(roll)),
-                cy + zoom * (x * math.sin(roll) + y * math.cos(roll)))
-
-    def oval(x, y, w, h, depth=None, first=0.0, last=360.0):
-        steps = [math.radians(first + (last - first) * i / 32) for i in range(33)]
-        return [at(x + w * math.cos(a), y + h * math.sin(a), depth) for a in steps]
-
-    image = background(rng, scale)
-    draw = ImageDraw.Draw(image)
-    line = round(zoom * 0.035)
-
-    # Behind the head: long hair, neck, shoulders, ears.
-    hairstyle = rng.choice(("short", "long", "bald", "fringe", "cap"))
-    if hairstyle in ("long", "fringe"):
-        draw.polygon(oval(0, 0.15, head_w * 1.25, head_h * 1.15, 0), fill=hair)
-    draw.polygon([at(-0.3, 0.6, 0), at(0.3, 0.6, 0), at(0.34, 1.5, 0), at(-0.34, 1.5, 0)],
-                 fill=shade(skin, 0.8))
-    draw.polygon(oval(0, 1.85, 1.15, 0.62, 0), fill=random_colour(rng))
-    for side in (-1, 1):
-        draw.polygon(oval(side * head_w, 0.0, 0.12, 0.2, 0), fill=shade(skin, 0.88))
-    draw.polygon(oval(0, 0, head_w, head_h, 0), fill=skin)
-
-    # Hair on the head, or a cap.
-    if hairstyle != "bald":
-        top = random_colour(rng) if hairstyle == "cap" else hair
-        low = {"short": -0.55, "long": -0.6, "fringe": -0.4, "cap": -0.45}[hairstyle]
-        arc = [at(head_w * 1.06 * math.cos(a), head_h * 1.06 * math.sin(a), 0)
-               for a in (math.radians(205 + 130 * i / 24) for i in range(25))]
-        draw.polygon(arc + [at(head_w * 0.8, low, 0), at(0.1 * rng.choice((-1, 1)), low - 0.12, 0),
-                            at(-head_w * 0.8, low, 0)], fill=top)
-    if chance(0.1):  # a beard, a moustache or stubble, under the mouth that is drawn over it
-        draw.polygon(oval(0, 0.45, head_w * 0.62, head_h * 0.5, None, 0, 180),
-                     fill=mix(skin, hair, uniform(0.3, 0.9)))
-
-    # Eyes and brows.
-    iris = rng.choice(((70, 45, 25), (60, 100, 160), (70, 120, 70), (40, 30, 25)))
-    gaze_x, gaze_y = uniform(-0.3, 0.3) * eye_w, uniform(-0.15, 0.15) * eye_w
-    for side in (-1, 1):
-        alone = e["side"] if side == mirrored else 0.0
-        h = max(0.02, eye_w * (0.52 + 0.42 * e["eye"] - 0.1 * e["sneer"]))
-        draw.polygon(oval(side * eye_x, eye_y, eye_w, h), fill=(245, 243, 238))
-        r = min(eye_w * 0.5, h * 0.95)
-        draw.polygon(oval(side * eye_x + gaze_x, eye_y + gaze_y * h / eye_w, r, r), fill=iris)
-        draw.polygon(oval(side * eye_x + gaze_x, eye_y + gaze_y * h / eye_w, r / 2, r / 2),
-                     fill=(10, 10, 10))
-        draw.line(oval(side * eye_x, eye_y, eye_w * 1.05, h, None, 180, 360),
-                  fill=shade(skin, 0.35), width=line)
-        y = brow_y - 0.13 * e["brow"] - 0.16 * alone + 0.04 * e["sneer"]
-        inner = at(side * (eye_x - eye_w * 1.05), y - 0.13 * e["tilt"])
-        middle = at(side * eye_x, y - 0.04)
-        outer = at(side * (eye_x + eye_w * 1.15), y + 0.09 * e["tilt"] + 0.01)
-        draw.line([inner, middle, outer], fill=mix(hair, (20, 15, 10), 0.4), joint="curve",
-                  width=max(2, round(zoom * brow_thick)))
-
-    # The nose, and the folds beside it that a sneer or a smile deepens.
-    tip = nose_y - 0.05 * e["sneer"]
-    draw.line([at(-0.03, eye_y + 0.05), at(-0.09, tip), at(0.07, tip + 0.01)],
-              fill=shade(skin, 0.65), width=line, joint="curve")
-    fold = max(e["sneer"], 0.6 * e["curve"], 0.0)
-    for side in (-1, 1):
-        draw.line([at(side * 0.12, tip - 0.06), at(side * 0.26, tip + 0.14)], width=line,
-                  fill=mix(skin, shade(skin, 0.55), min(1.0, fold)))
-    if e["sneer"] > 0.4:
-        for y in (0.0, 0.06):
-            draw.line([at(-0.07, eye_y + y), at(0.07, eye_y + y)], fill=shade(skin, 0.6),
-                      width=line)
-
-    # The mouth: a middle line that bends, opened by lips that move apart.
-    w = mouth_w * (1 + 0.45 * e["width"])
-    gape = max(0.0, e["open"]) * 0.26
-    upper, lower = [], []
-    for i in range(25):
-        t = -1 + i / 12
-        bend = -0.24 * e["curve"] * (t * t - 0.4)
-        bend -= 0.28 * e["side"] * max(0.0, t * mirrored) ** 2
-        lift = 0.09 * max(0.0, e["sneer"]) * (1 - t * t)
-        upper.append(at(t * w, mouth_y + bend - gape * 0.6 * (1 - t * t) - lift))
-        lower.append(at(t * w, mouth_y + bend + gape * 1.1 * (1 - t * t) + 0.012))
-    draw.polygon(upper + lower[::-1], fill=(90, 25, 30))
-    if gape + 0.06 * max(0.0, e["sneer"]) > 0.03:  # teeth, under the upper lip
-        teeth = [(x0 * 0.65 + x1 * 0.35, y0 * 0.65 + y1 * 0.35)
-                 for (x0, y0), (x1, y1) in zip(upper, lower)]
-        draw.polygon(upper[3:-3] + teeth[3:-3][::-1], fill=(240, 238, 230))
-    thick = round(zoom * uniform(0.03, 0.055))
-    draw.line(upper, fill=lips, width=thick, joint="curve")
-    draw.line(lower, fill=lips, width=thick, joint="curve")
-
-    if chance(0.15):  # glasses
-        frame = random_colour(rng)
-        for side in (-1, 1):
-            draw.line(oval(side * eye_x, eye_y, eye_w * 1.4, eye_w * 1.15), fill=frame, width=line)
-        draw.line([at(-eye_x + eye_w * 1.4, eye_y), at(eye_x - eye_w * 1.4, eye_y)],
-                  fill=frame, width=line)
-    if chance(0.05):  # something in front of the picture: a hand, a leaf, a microphone
-        angle, far = uniform(0, 2 * math.pi), uniform(0.45, 0.6) * scale
-        x, y, r = cx + far * math.cos(angle), cy + far * math.sin(angle), scale * uniform(0.1, 0.2)
-        draw.ellipse([x - r, y - r, x + r, y + r], fill=random_colour(rng))
-
-    return light(image.resize((size, size), Image.Resampling.BOX), rng)
+    face = Face(expression, rng, 3 * size)  # three times too large, then shrunk: smooth edges
+    for draw in (face.draw_head, face.draw_eyes, face.draw_nose_and_mouth, face.draw_things):
+        draw()
+    return light(face.image.resize((size, size), Image.Resampling.BOX), rng)
 
 
 def background(rng: random.Random, scale: int) -> Image.Image:
@@ -201,10 +224,12 @@ def light(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def random_colour(rng: random.Random) -> tuple[int, int, int]:
+    """Any colour that is neither black nor white."""
     return tuple(rng.randint(20, 245) for _ in range(3))
 
 
 def shade(colour, factor):
+    """A colour made darker by a factor below 1."""
     return tuple(round(c * factor) for c in colour)
 
 
@@ -214,6 +239,7 @@ def mix(one, two, share):
 
 
 def draw_file(job: tuple[str, str, int, int, int, str]) -> None:
+    """Draws one file of a dataset, unless it is there."""
     out, split, number, size, seed, expression = job
     path = Path(out, split, expression, f"{number:05d}.png")
     if path.exists():
