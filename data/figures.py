@@ -11,7 +11,6 @@ The pictures are those of val/, or where there is none, of the folder. The ideas
 """
 
 import argparse
-import contextlib
 import json
 import math
 import sys
@@ -21,7 +20,6 @@ from itertools import islice, zip_longest
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
@@ -111,8 +109,7 @@ def read_faces(paths: list[str], size: int) -> Tensor:
 
 def unpatchify(patches: Tensor, mae: simfle.MaskedAutoencoder) -> Tensor:
     """The inverse of `mae.patchify`: (B, 49, 768) -> (B, 3, 112, 112)."""
-    return rearrange(patches, "b (gh gw) (p q c) -> b c (gh p) (gw q)", gh=mae.grid, p=mae.patch,
-                     q=mae.patch)
+    return rearrange(patches, "b (g h) (p q c) -> b c (g p) (h q)", g=mae.grid, p=mae.patch, c=3)
 
 
 @torch.no_grad()
@@ -123,11 +120,9 @@ def reconstruct(model: nn.Module, x: Tensor, draws: list[int], colours) -> tuple
     a patch's pattern, not its light: mean and standard deviation are the original's."""
     ffl, mae, I = model.ffl, model.ffl.mae, simfle.normalise(x, colours)
     C = ffl.grouping(model.backbone(I)[0])
-    if type(ffl.masking) is simfle.SemanticMasking:
-        a = ffl.masking.scores(C, torch.tensor(draws))
-    else:
-        torch.manual_seed(draws[0])
-        a = ffl.masking(C)[0]
+    semantic = type(ffl.masking) is simfle.SemanticMasking
+    torch.manual_seed(draws[0])
+    a = ffl.masking.scores(C, torch.tensor(draws)) if semantic else ffl.masking(C)[0]
     keep, mask = simfle.mask_lowest(a, ffl.masking.ratio)
     masked, patches = mask[:, :, None] > 0, mae.patchify(I)
     guess = mae.decode(mae.encode(patches, keep), keep)
@@ -145,14 +140,13 @@ def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image
     draws = [i * model.ffl.groups // 8 for i in range(8)] if semantic else list(range(8))
     above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), draws, colours)[0])
              for face in x[:3]]
-    below = [x, *reconstruct(model, x, draws[:len(x)], colours)]
+    below = [[cell(p) for p in row] for row in (x, *reconstruct(model, x, draws[:len(x)], colours))]
     names = [f"group {g}" for g in draws] if semantic else ["one draw"] * 8
     light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
     return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)",
                            [[cell(p) for p in row] for row in above],
                            columns=["original", *names], note="Grey patches are masked."),
-            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)",
-                                     [[cell(p) for p in row] for row in below],
+            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
                                      ["original", "masked", "reconstructed"],
                                      note="Visible patches are pasted back." + light)}
 
@@ -163,23 +157,19 @@ def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
     one's)"""
     rows, names = [], []
     for run, records in logs.items():
-        sums = defaultdict(lambda: [0, 0])
-        for r in records:
-            if "masked" in r:
-                sums[r["epoch"]][0] += torch.tensor(r["masked_error"])
-                sums[r["epoch"]][1] += torch.tensor(r["masked"])
-        if not sums:
+        records = [r for r in records if "masked" in r]
+        epochs = sorted({r["epoch"] for r in records})
+        if not epochs:
             continue
-        epochs = sorted(sums)
         few = [epochs[i] for i in torch.linspace(0, len(epochs) - 1, min(8, len(epochs))).int()]
+        sums = [torch.tensor([(r["masked_error"], r["masked"]) for r in records
+                              if r["epoch"] == epoch]).sum(dim=0) for epoch in few]
+        error, masked = torch.stack(sums, dim=1)  # (8, 49) each
         # The share of the patches that is masked, over the mean of the counts.
-        ratio = simfle.run_settings(run)["mask_ratio"]
-        hidden = simfle.mask_lowest(torch.zeros(1, len(sums[few[0]][1])), ratio)[1].mean()
-        for name, maps in (
-                ("error where masked", [sums[e][0] / sums[e][1].clamp(min=1) for e in few]),
-                ("share kept", [1 - hidden * sums[e][1] / sums[e][1].mean() for e in few])):
-            low, high = min(m.min().item() for m in maps), max(m.max().item() for m in maps)
-            side = math.isqrt(len(maps[0]))
+        hidden = simfle.mask_lowest(masked[:1], simfle.run_settings(run)["mask_ratio"])[1].mean()
+        for name, maps in (("error where masked", error / masked.clamp(min=1)),
+                           ("share kept", 1 - hidden * masked / masked.mean(dim=1, keepdim=True))):
+            low, high, side = maps.min().item(), maps.max().item(), math.isqrt(maps.shape[1])
             rows.append([heat(m.reshape(side, side), low, high, 112 // side) for m in maps])
             names.append(f"{run}: {name}\nepochs {', '.join(map(str, few))}\ndark blue: {low:.3g}"
                          f"\nyellow: {high:.3g}")
@@ -194,19 +184,17 @@ def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
     gradient (B, c′): of the class's logit, summed over A's positions; behind a mean and a linear
     layer, the layer's row of the class. Returns (B, size, size) from 0 to 1."""
     cam = torch.einsum("bk,bkhw->bhw", gradient, A).relu()[:, None]
-    cam = F.interpolate(cam, size=size, mode="bilinear", align_corners=False)[:, 0]
+    cam = nn.functional.interpolate(cam, size=size, mode="bilinear")[:, 0]
     return cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
 def classifier(path: Path):
     """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
     classes they are taken for, attention for those (B, H, W). Raises UserError."""
-    if not path.exists():
-        raise simfle.UserError(f"{path} is missing; --init is random or a classifier that "
-                               f"simfle.py --eval has made.")
-    saved = simfle.load_file(path)
+    saved = simfle.load_file(path) if path.exists() else {}
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
-        raise simfle.UserError(f"{path} is no classifier of --eval; give one with --init.")
+        fault = "no classifier" if path.exists() else "missing"
+        raise simfle.UserError(f"{path} is {fault}; --init is random or a classifier of --eval.")
     net = simfle.RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     simfle.load_weights(path, net, saved["model"])
@@ -239,8 +227,7 @@ def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Im
     rows = [[cell(x, text=f"is\n{true}" if true else "") for x, true in zip(seen[0][0], classes)]]
     rows += [[cell(x, cam, f"taken for\n{guess}") for x, guess, cam in zip(*one)] for one in seen]
     return sheet(title, rows, ["picture", *looks],
-                 note="Yellow speaks most for the class it was taken for, dark blue not at all; "
-                      "each picture has its own scale.")
+                 note="Yellow speaks for the class that was named; each picture has its own scale.")
 
 
 def figure_confusion(result: dict, name: str) -> Image.Image:
@@ -272,12 +259,8 @@ def figure_sweep(key: str, own: dict) -> Image.Image | None:
 
 def figure_curves(records: list[dict]) -> Image.Image | None:
     """What the log holds, over the steps."""
-    curves = defaultdict(list)
-    for r in records:
-        for k, v in r.items():
-            if isinstance(v, float):
-                curves[k].append((r["step"], v))
-    plots = [plot(f"{k}, by step", points) for k, points in curves.items()]
+    keys = dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, float))
+    plots = [plot(f"{k}, by step", [(r["step"], r[k]) for r in records if k in r]) for k in keys]
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
 
@@ -292,17 +275,13 @@ def some_pictures(folder: Path, seed: int, count: int) -> list[tuple[str, str | 
     classes, paths, labels = simfle.labelled_pictures(val)
     order = torch.randperm(len(paths), generator=simfle.generator_of(seed, "figures")).tolist()
     turns = zip_longest(*([i for i in order if labels[i] == k] for k in range(len(classes))))
-    chosen = [i for turn in turns for i in turn if i is not None]
-    return [(paths[i], classes[labels[i]]) for i in chosen[:count]]
+    return [(paths[i], classes[labels[i]]) for turn in turns for i in turn if i is not None][:count]
 
 
 def read_log(run: str) -> list[dict]:
     """The lines of a run's log, without one that is being written."""
-    records = []
-    for line in Path("runs", run, "log.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+    lines = Path("runs", run, "log.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
@@ -328,8 +307,7 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
         if path:
             looks[f"{name}\n{path.stem}"] = classifier(path)
         else:
-            print(f"runs/{name} has no classifier, make one with --eval: its attention is not "
-                  f"drawn.")
+            print(f"runs/{name} has no classifier to draw the attention of; make one with --eval.")
     if looks:
         title, look = "Where the classifier looks (Figs. 1, 6, 8)", next(iter(looks.values()))
         yield "attention", figure_attention(title, looks, pictures[:8])
@@ -343,13 +321,11 @@ def draw(args: argparse.Namespace) -> None:
     for name in (args.run, *args.compare):
         if not simfle.run_settings(name):
             there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
-            raise simfle.UserError(f"there is no run {name} with a checkpoint; runs/ has "
-                                   f"{there or 'none'}.")
+            raise simfle.UserError(f"no run {name} with a checkpoint; runs/ has {there or 'none'}.")
     s = simfle.Settings(**simfle.run_settings(args.run))
     folder, target = simfle.find_data(args.data or s.data), Path("runs", args.run, "figures")
     suffix = "-untrained" if args.init == "random" else ""
-    if args.data:  # beside the run's own
-        suffix += f"-{simfle.data_name(args.data)}"
+    suffix += f"-{simfle.data_name(args.data)}" if args.data else ""  # beside the run's own
     target.mkdir(parents=True, exist_ok=True)
     for name, picture in figures_of(args, s, folder):
         if picture is not None:
