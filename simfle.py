@@ -894,6 +894,8 @@ class RandomMasking(SemanticMasking):
 
 
 # ================================ Part II: training ================================
+# Sec. 4.1 gives the data, the optimiser, its schedule and the augmentation. All else here is ours:
+# how pictures are read, how processes share a batch, how a run survives being killed.
 
 
 class UserError(Exception):
@@ -919,9 +921,11 @@ def generator_of(*key) -> torch.Generator:
 
 # ===== Pictures =====
 # A loader worker decodes a picture, crops and resizes it, and hands over uint8. Flip, colours, blur
-# and normalisation follow on the whole batch, on its device. Every random choice is seeded: an
-# image's crops by (seed, epoch, place in the epoch), what is drawn on the device by (seed, step,
-# rank). So the number of workers changes nothing, and no generator state has to be saved.
+# and normalisation follow on the whole batch, on its device.
+#
+# Every random choice is seeded: crops by (seed, epoch, place in the epoch), all that is drawn on the
+# device by (seed, step, rank). So the number of workers changes nothing, and a checkpoint needs no
+# state of a generator. Another number of ranks draws other colours.
 
 
 def find_data(name: str) -> Path:
@@ -1096,10 +1100,12 @@ class Batches:
 
 
 # ===== Augmentation =====
-# SimCLR's list at strength 1: crop (above), flip with probability ½, with 0.8 a jitter of
-# brightness, contrast and saturation by factors from 0.2 to 1.8 and of the hue by up to 0.2 of a
-# turn, grey with 0.2, blur with ½. Each function does to a batch x (B, 3, H, W) in [0, 1] what
-# torchvision's does to one picture, with a factor f for each image, (B, 1, 1, 1).
+# SimCLR's list at strength 1. A crop (above). A flip with probability ½. With probability 0.8 a
+# jitter of brightness, contrast and saturation by factors from 0.2 to 1.8 and of the hue by up to
+# 0.2 of a turn. Grey with probability 0.2. A blur with probability ½.
+#
+# Each function takes a batch x (B, 3, H, W) in [0, 1] and a factor f for each image, (B, 1, 1, 1),
+# and returns the shape of x. It does what torchvision's function does to one picture.
 
 grey = TF.rgb_to_grayscale  # (B, 3, H, W) -> (B, 1, H, W)
 
@@ -1217,6 +1223,8 @@ def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
 
 
 # ===== Processes =====
+# torchrun starts a process for each GPU. Each has an equal share of every batch, and
+# DistributedDataParallel averages their gradients. Rank 0 alone reads and writes the run's files.
 
 
 @dataclass
@@ -1340,6 +1348,8 @@ def ignore_signals(worker: int) -> None:
 
 
 # ===== Checkpoints =====
+# A run may be killed at any moment, and resumes as if nothing had happened. So files are written
+# whole, a checkpoint holds all that the next step depends on, and it is used by the same run only.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1547,6 +1557,8 @@ def say(world: World, text: str) -> None:
 
 
 # ===== The loop =====
+# `set_up` makes the parts, `fit` takes the steps. Pre-training and evaluation hand it a `step` and a
+# `save` of their own.
 
 stop_asked = threading.Event()  # set by SIGTERM: a cluster takes the machine back
 
@@ -2066,6 +2078,8 @@ def train_classifier(s: Settings, world: World, net: nn.Module, faces: Faces, co
 
 
 # ================================ Settings and main ================================
+# A setting is a field of `Settings` and an option of the command line. Its value is the one given,
+# else the evaluation protocol's, else the preset's, else the default, which is the paper's.
 
 HERE = Path(__file__).resolve().parent
 
@@ -2104,7 +2118,7 @@ VITS = {"base": {}, "tiny": dict(  # base: `MaskedAutoencoder` as it stands
     width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4)}
 
 
-# laptop was found by measurement on the toy faces: 64-pixel views, 7 × 7 patches of 8 pixels.
+# Ours: laptop, for two cores. Views of 64 pixels, and 7 × 7 patches of 8 pixels.
 PRESETS = {"paper": {},
            "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
                           batch_size=64, lr=0.4, steps=400, crop_min=0.3)}

@@ -409,6 +409,21 @@ def test_refinement_raises_hard_masked_patches_sinks_easy_ones_and_ignores_kept_
     torch.testing.assert_close(other.grad, a.grad)
 
 
+def test_refinement_example_worked_by_hand_in_the_docstring():
+    a = torch.tensor([[3.0, 2, 1, 0]], dtype=torch.float64, requires_grad=True)
+    keep, mask = S.mask_lowest(a, 0.75)
+    assert keep.tolist() == [[0]]
+    S.refinement_term(a, mask, torch.tensor([[9.0, 4, 1, 7]])).backward()
+    assert (-a.grad[0] * 1000).round().tolist() == [24, 16, -104, 64]
+    r = (a.detach() - 1.5) / a.detach().std()
+    soft = torch.sigmoid(r[:, :1] - r)
+    down = mask * (torch.tensor([9.0, 4, 1, 7]) - 4) * soft * (1 - soft) / 3
+    assert (r[0] * 100).round().tolist() == [116, 39, -39, -116]
+    assert (down[0] * 1000).round().tolist() == [0, 0, -145, 81]
+    for number in ("+0.024, +0.016, −0.104, +0.064", "0, 0, −0.145, +0.081", "1.16, 0.39, −0.39"):
+        assert number in S.refinement_term.__doc__
+
+
 @pytest.mark.parametrize("deviation", [0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
 def test_refinement_of_an_almost_constant_map_has_a_bounded_gradient(deviation):
     def gradient(deviation):

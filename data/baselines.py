@@ -37,8 +37,13 @@ def rank() -> int:
 
 
 def gather(x: Tensor) -> Tensor:
-    """(B, ...) of each rank -> (W·B, ...), by rank; x gets W times the gradient of its rows, as if
-    each rank sent back its own, where all compute the same loss of the whole."""
+    """Joins a tensor's rows over the ranks. (SimCLR, MoCo)
+
+    Args:
+        x: (B, ...), with gradient.
+    Returns:
+        (W·B, ...), by rank. x gets W times the gradient of its rows. That is what each rank would
+        send back, if all of them compute the same loss of the whole."""
     if world_size() == 1:
         return x
     own = x.detach().contiguous()  # NCCL sends memory as it lies
@@ -48,19 +53,28 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-# SimSiam is BYOL without a target of its own: the stopped gradient alone prevents a collapse. In
-# the others a view must find its face's other view (the positive) among those of other faces (the
-# negatives), which MoCo has in a queue, SimCLR in the batch of all W ranks.
+# SimSiam is BYOL without a target of its own. The stopped gradient and the predictor together
+# prevent a collapse; its authors report one without either. In the others a view must find its
+# face's other view (the positive) among views of other faces (the negatives). MoCo has these in a
+# queue, SimCLR in the batch of all W ranks.
 
 
 def two_layers(inputs: int, outputs: int) -> nn.Sequential:
-    """The head of SimCLR and MoCo v2: without BatchNorm. (Table 4)"""
+    """The head of SimCLR and MoCo v2: (B, inputs) -> (B, outputs), without BatchNorm. (Table 4)"""
     return nn.Sequential(nn.Linear(inputs, inputs), nn.ReLU(True), nn.Linear(inputs, outputs))
 
 
 class SimSiam(nn.Module):
-    """GFL by SimSiam (Chen and He, 2021). A prediction aims at the online stream's own projection
-    of the other view, a constant. L_s is 1 − cos, the mean of both orders. (Table 4)"""
+    """GFL by SimSiam (Chen and He, 2021). (Table 4)
+
+    A prediction aims at the online stream's own projection of the other view, as a constant.
+
+    Args:
+        backbone: the `Backbone` that is trained.
+        width, bottleneck: widths of the projector and of the predictor's middle.
+    Forward:
+        v1, v2: see `BYOL`.
+        Returns L_s, a scalar: the mean of 1 − cos over both orders; [h1, h2]; z1."""
     def __init__(self, backbone: Backbone, width: int = 2048, bottleneck: int = 512):
         super().__init__()
         self.online = Stream(backbone, nn.Sequential(
@@ -79,20 +93,31 @@ class SimSiam(nn.Module):
 
 
 class MoCo(nn.Module):
-    """GFL by MoCo (He et al., 2020); v2 has the head `two_layers` and t = 0.2. (Table 4)
+    """GFL by MoCo (He et al., 2020). (Table 4)
 
-    The online stream makes of v1 the query q, the target of v2 its key; the negatives are the keys
-    of earlier batches, in a queue that is the same in every rank. Only v1 is seen with gradient,
-    so L_d has two vectors, z_m and z_v1, and none for the target's (departure 15)."""
+    The online stream makes the query q of v1, the target makes its key of v2. The negatives are the
+    keys of earlier batches, in a queue that is the same in every rank. Only v1 is seen with
+    gradient. So L_d has two vectors, z_m and z_v1 (departure 15).
+
+    Args:
+        backbone: the `Backbone` that is trained.
+        head: `nn.Linear`, or `two_layers` for v2.
+        outputs: width of keys.
+        queue: how many keys it holds.
+        t: temperature; 0.2 for v2.
+        tau: the EMA decay of the target.
+    Forward:
+        v1, v2: see `BYOL`.
+        Returns L_s, a scalar; [h1]; z1."""
     def __init__(self, backbone: Backbone, head=nn.Linear, outputs: int = 128, queue: int = 65_536,
                  t: float = 0.07, tau: float = 0.999):
         super().__init__()
         self.t, self.tau = t, tau
         self.online = Stream(backbone, head(backbone.channels, outputs))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        # Departure 14: empty at first. No face is like the random directions of MoCo's authors, and
-        # the quickest way to the positive is then to map all faces to one point. (v2, toy faces,
-        # 1,024 keys, one seed: spread 0.0008 after 140 steps; when empty 0.025 after 150.)
+        # Departure 14: empty at first. No face is like the random directions of MoCo's authors. To
+        # map all faces to one point is then the quickest way to the positive. (MoCo v2, toy faces,
+        # 1,024 keys, one seed: spread 0.0008 after 140 steps; with this 0.025 after 150.)
         self.register_buffer("queue", torch.zeros(queue, outputs))
         self.register_buffer("next", torch.zeros((), dtype=torch.long))  # the queue's oldest key
 
@@ -100,8 +125,8 @@ class MoCo(nn.Module):
         z1, h1 = self.online(v1)
         with torch.no_grad():
             # Shuffling BatchNorm: rank r makes the keys of every W-th image from the r-th on.
-            # (Departure 18: on one rank this changes nothing.)
-            # Statistics that normalise query and key alike would give away which belong together.
+            # Statistics that query and key share would give away which belong together.
+            # Departure 18: on one rank this changes nothing.
             W, r, B = world_size(), rank(), len(v1)
             mixed = self.target(gather(v2)[r::W])[0]
             keys = rearrange(gather(mixed), "(w b) d -> (b w) d", w=W)  # (W·B, 128)
@@ -124,8 +149,18 @@ class MoCo(nn.Module):
 
 
 class SimCLR(nn.Module):
-    """GFL by SimCLR (Chen et al., 2020). Each rank has the loss of the whole batch; by `gather` W
-    times the gradient of its own images, which DDP's mean divides by W again. (Table 4)"""
+    """GFL by SimCLR (Chen et al., 2020). (Table 4)
+
+    Each rank has the loss of the whole batch. By `gather` it has W times the gradient of its own
+    images, which DDP's mean divides by W again.
+
+    Args:
+        backbone: the `Backbone` that is trained.
+        outputs: width of the projections.
+        t: temperature.
+    Forward:
+        v1, v2: see `BYOL`.
+        Returns L_s, a scalar; [h1, h2]; z1."""
     def __init__(self, backbone: Backbone, outputs: int = 128, t: float = 0.1):
         super().__init__()
         self.t = t
@@ -140,8 +175,13 @@ class SimCLR(nn.Module):
 
 
 def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
-    """SimCLR's loss, (): every view must find its other one among all 2B − 1, averaged over the 2B
-    views. z1, z2: (B, 128), row i of both of one face. (Table 4)"""
+    """SimCLR's loss: every view must find its other one among all 2B − 1. (Table 4)
+
+    Args:
+        z1, z2: projections (B, 128); row i of both is of one face.
+        t: temperature.
+    Returns:
+        scalar, mean over the 2B views."""
     with full_precision(z1):
         z = F.normalize(promote(torch.cat([z1, z2])), dim=1)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -150,8 +190,10 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
 
 
 def moco(s: simfle.Settings, backbone: Backbone, head, t: float) -> MoCo:
-    """Queue and, without --tau, EMA decay are MoCo's own with the preset `paper`. Over the laptop's
-    400 steps a target with a decay of 0.999 would hardly move."""
+    """MoCo, or with `two_layers` MoCo v2, of the settings' size.
+
+    Queue and EMA decay are MoCo's own with the preset `paper`, unless --tau is given. Over the
+    laptop's 400 steps a target with a decay of 0.999 would hardly move."""
     own = s.preset == "paper"
     tau = 0.999 if own and s.tau == simfle.Settings.tau else s.tau
     return MoCo(backbone, head, s.outputs // 2, 65_536 if own else 1_024, t, tau)

@@ -279,9 +279,9 @@ def some_pictures(folder: Path, seed: int, count: int) -> list[tuple[str, str | 
 
 
 def read_log(run: str) -> list[dict]:
-    """The lines of a run's log, without one that is being written."""
-    lines = Path("runs", run, "log.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a run's log that are whole."""
+    lines = Path("runs", run, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line[:1] + line[-1:] == "{}"]
 
 
 def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
