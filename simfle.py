@@ -923,7 +923,7 @@ def generator_of(*key) -> torch.Generator:
 # A loader worker decodes a picture, crops and resizes it, and hands over uint8. Flip, colours, blur
 # and normalisation follow on the whole batch, on its device.
 #
-# Every random choice is seeded: crops by (seed, epoch, place in the epoch), all that is drawn on the
+# Every random choice is seeded: crops by (seed, epoch, place in the epoch), what is drawn on the
 # device by (seed, step, rank). So the number of workers changes nothing, and a checkpoint needs no
 # state of a generator. Another number of ranks draws other colours.
 
@@ -1557,8 +1557,8 @@ def say(world: World, text: str) -> None:
 
 
 # ===== The loop =====
-# `set_up` makes the parts, `fit` takes the steps. Pre-training and evaluation hand it a `step` and a
-# `save` of their own.
+# `set_up` makes the parts, `fit` takes the steps. Pre-training and evaluation hand it a `step` and
+# a `save` of their own.
 
 stop_asked = threading.Event()  # set by SIGTERM: a cluster takes the machine back
 

@@ -1535,8 +1535,8 @@ def test_the_converged_head_is_the_minimum_and_takes_features_as_they_are():
     loss = loss / mass[y].sum() + strength / 2 * W.square().sum()
     gradients = torch.autograd.grad(loss, (W, b))
     assert max(g.abs().max() for g in gradients) < 2e-5
-    torch.testing.assert_close(S.converged_head(x * 5 - 3, y, mass, strength)[0], weight / 5, rtol=0.01,
-                               atol=0.01 * weight.abs().max().item())
+    torch.testing.assert_close(S.converged_head(x * 5 - 3, y, mass, strength)[0], weight / 5,
+                               rtol=0.01, atol=0.01 * weight.abs().max().item())
 
 
 def test_the_laptops_linear_evaluation_is_the_converged_one_and_equals_the_probe(
