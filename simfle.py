@@ -1001,8 +1001,8 @@ def resize(x: Tensor, size: int) -> Tensor:
 class Faces(Dataset):
     """What a step needs of one picture. (Sec. 4.1)
 
-    In place of a picture that cannot be read, the next one is taken. With labels that would be a
-    wrong label, and an error is raised. Either way the picture is named once.
+    A picture that cannot be read is named once. In training the next one takes its place, with its
+    own label. Without crops, as in a test set, it is an error.
 
     Args:
         paths: the pictures.
@@ -1025,15 +1025,15 @@ class Faces(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def read(self, index: int) -> Tensor:
-        """A picture (3, H, W) uint8, or the one that takes its place.
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """A picture (3, H, W) uint8, this one or the next that can be read, and its index.
 
         Raises:
-            UserError: with labels, this one cannot be read; else 64 in a row cannot."""
-        for i in range(index, index + (64 if self.labels is None else 1)):
+            UserError: this one cannot be read, and there are no crops; or 64 in a row cannot."""
+        for i in range(index, index + (64 if self.crops else 1)):
             i %= len(self)
             with contextlib.suppress(Exception):  # Pillow raises many kinds for broken files
-                return read_picture(self.paths[i])
+                return read_picture(self.paths[i]), i
             if not self.named[i]:
                 self.named[i] = True
                 print(f"simfle: {self.paths[i]} cannot be read.", file=sys.stderr, flush=True)
@@ -1041,7 +1041,7 @@ class Faces(Dataset):
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
         epoch, place, index = key
-        picture = self.read(index)
+        picture, index = self.read(index)
         item = {"image": resize(picture, self.image_size)} if self.image_size else {}
         if self.labels is not None:
             item["label"] = self.labels[index]

@@ -99,8 +99,8 @@ def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
 
 
 def read_faces(paths: list[str], size: int) -> Tensor:
-    """Pictures as (B, 3, size, size) in [0, 1]; black where one cannot be read."""
-    faces = simfle.Faces(paths, image_size=size, labels=[0] * len(paths))
+    """Pictures as (B, 3, size, size) in [0, 1]. Raises UserError where one cannot be read."""
+    faces = simfle.Faces(paths, image_size=size)
     return torch.stack([faces[0, i, i]["image"] for i in range(len(paths))]) / 255
 
 
