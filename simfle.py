@@ -82,7 +82,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -928,6 +928,9 @@ def generator_of(*key) -> torch.Generator:
 # state of a generator. Another number of ranks draws other colours.
 
 
+NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, but decodes none
+
+
 def find_data(name: str) -> Path:
     """The folder that --data means: a path, or a folder of that name in data/.
 
@@ -969,27 +972,45 @@ def find_pictures(folder: Path) -> list[str]:
     """All pictures below a folder, at any depth, sorted.
 
     A picture is a file with an extension that Pillow reads. Hidden files and folders are skipped.
+    Rank 0 says how many other files there are.
 
     Raises:
-        UserError: there are none."""
-    readable = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+        UserError: there are none.
+        OSError: a folder cannot be entered."""
+    readable = {e for e, kind in Image.registered_extensions().items()
+                if kind in Image.OPEN and kind not in NO_PICTURES}
+    found, others = [], 0
+
+    def refuse(error: OSError):
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         here = os.path.realpath(parent) + os.sep
         folders[:] = [f for f in folders if not f.startswith((".", "__MACOSX"))
                       and not here.startswith(os.path.realpath(here + f) + os.sep)]  # no circles
-        found += [os.path.join(parent, f) for f in files
-                  if not f.startswith(".") and os.path.splitext(f)[1].lower() in readable]
+        files = [f for f in files if not f.startswith(".")]
+        pictures = [f for f in files if os.path.splitext(f)[1].lower() in readable]
+        found += [os.path.join(parent, f) for f in pictures]
+        others += len(files) - len(pictures)
     if not found:
         raise UserError(f"{folder} holds no pictures; put some there or give another --data.")
+    if others and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder}: {others:,} files that Pillow does not read are left out", flush=True)
     return sorted(found)
 
 
 def read_picture(path: str) -> Tensor:
-    """Decodes a picture of any mode to RGB, (3, H, W) uint8. (Departure 12)"""
+    """Decodes a picture of any mode, upright, to RGB, (3, H, W) uint8. (Departure 12)
+
+    In deep and floating-point grey, white is the next of 1, 255, 4,095 and 65,535 above the largest
+    value."""
     with Image.open(path) as picture:
-        if picture.mode.startswith("I"):  # 16 bits; Pillow would cut 65,535 off at 255
-            picture = picture.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode[0] in "IF":
+            x = TF.pil_to_tensor(picture.convert("I" if picture.mode[0] == "I" else "F"))
+            x = x.double().nan_to_num()
+            white = next((w for w in (1, 255, 4095) if x.max() <= w), 65_535)
+            return (x * (255 / white)).clamp(0, 255).to(torch.uint8).expand(3, -1, -1)
         return TF.pil_to_tensor(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
@@ -1249,9 +1270,11 @@ def processes():
     Yields:
         a `World`.
     Raises:
-        UserError: more processes than GPUs."""
+        UserError: more processes than GPUs, or a group that was not started by torchrun."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     size, local_size = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if size > 1 and "RANK" not in os.environ:
+        raise UserError("WORLD_SIZE is set without RANK; start several processes with torchrun.")
     cuda = torch.cuda.is_available()
     if cuda and local_size > torch.cuda.device_count():
         raise UserError(f"{local_size} processes were started on a machine with "
@@ -1264,8 +1287,11 @@ def processes():
     if "RANK" not in os.environ:
         yield world
         return
+    try:
+        store, *_ = next(dist.rendezvous("env://"))
+    except ValueError as error:  # an environment that is half set
+        raise UserError(f"{error}; start several processes with torchrun.") from None
     # After `torchrun --max-restarts` the store still holds the addresses of those that have died.
-    store, *_ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
                             device_id=device if cuda else None)
@@ -1327,6 +1353,15 @@ def mixed_precision(world: World):
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def cores() -> int:
+    """The processor cores that this process may use, by affinity and by its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # "max 100000", or "200000 100000" for two cores
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
 def make_loader(s: Settings, world: World, faces: Faces, batches) -> DataLoader:
     """A loader of pictures.
 
@@ -1335,8 +1370,7 @@ def make_loader(s: Settings, world: World, faces: Faces, batches) -> DataLoader:
         faces, batches: the dataset and its batch sampler.
     Returns:
         a DataLoader of dicts, as `Faces` makes them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = s.workers if s.workers >= 0 else min(8, max(1, cores // world.local_size))
+    workers = s.workers if s.workers >= 0 else min(8, max(1, cores() // world.local_size))
     return DataLoader(faces, batch_sampler=batches, num_workers=workers,
                       pin_memory=world.device.type == "cuda", worker_init_fn=ignore_signals)
 
@@ -1768,9 +1802,11 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
     if len(classes) < 2:
         raise UserError(f"{folder} needs a folder of pictures for each of two or more classes; an "
                         f"evaluation reads train/CLASS/ and val/CLASS/.")
-    found = [find_pictures(folder / name) for name in classes]
-    labels = [label for label, paths in enumerate(found) for _ in paths]
-    return classes, sum(found, []), labels
+    paths = [p for p in find_pictures(folder) if Path(p).relative_to(folder).parts[0] in classes]
+    labels = [classes.index(Path(p).relative_to(folder).parts[0]) for p in paths]
+    for label in set(range(len(classes))) - set(labels):
+        raise UserError(f"{folder / classes[label]} holds no pictures; put some in or remove it.")
+    return classes, paths, labels
 
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
@@ -2211,7 +2247,9 @@ def read_arguments(argv: list[str] | None = None) -> dict:
     Raises:
         UserError: an option is unknown or no number."""
     def complain(message: str):
-        raise UserError(f"{message}; `python simfle.py --help` lists the options.")
+        launch = "start several processes with torchrun" if "--local" in message else (
+            "`python simfle.py --help` lists the options")
+        raise UserError(f"{message}; {launch}.")
 
     parser = argparse.ArgumentParser(
         prog="simfle.py", allow_abbrev=False, description="SimFLE: self-supervised facial "
@@ -2225,7 +2263,7 @@ def read_arguments(argv: list[str] | None = None) -> dict:
             kind |= {"nargs": "?", "const": "linear"}
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{f.default}]", **kind)
-    return vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv if argv is None else [str(a) for a in argv]))
 
 
 def read_settings(args: dict) -> Settings:
@@ -2350,35 +2388,53 @@ def run(argv: list[str] | None) -> None:
             pretrain(s, world)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The program.
+def explained(error: Exception) -> tuple[str, int]:
+    """What to tell of an error that is no UserError, and the exit code: a sentence where a user can
+    mend it, else its traceback."""
+    text = str(error)
+    if re.search("out of memory|not enough memory|ALLOC_FAILED", text):
+        return ("out of memory: give a smaller --batch-size, or more GPUs. By a trace, the paper's "
+                "setting needs 28 GiB for 256 images a process, and 11 GiB for 85.", 2)
+    if re.search("shared memory|Bus error", text):
+        return ("too little shared memory for the loader workers: give fewer --workers (0 needs "
+                "none), or the container more, such as docker's --shm-size=8g.", 2)
+    if dist.is_initialized() and re.search("closed|reset|peer|timed out", text, re.I):
+        return (f"rank {dist.get_rank()} ends, because another one has ended; the same command "
+                f"(without --fresh) resumes.", 1)
+    return "a fault of the program itself:\n" + traceback.format_exc(), 1
+
+
+def program(name: str, run: Callable[[], None]) -> int:
+    """Runs a program, tells what ended it, and ends its loader workers.
 
     Args:
-        argv: the command line, without the program's name; by default that of this process.
+        name: of the program, for its messages.
+        run: what it does.
     Returns:
         the exit code: 0; 2 after a UserError, 143 when stopped by SIGTERM, 130 by Ctrl-C; 1 when
         another process has failed, or for a fault of the program itself, with its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console without × is no reason to stop
     before = signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
     told, code = "", 0
     try:
-        run(argv)
+        run()
     except (UserError, OSError) as error:  # an OSError tells what and where itself
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # once on every machine
-            told = "\nsimfle: " + str(error).rstrip().split("UserError: ")[-1]  # of a loader worker
+            told = str(error).rstrip().split("UserError: ")[-1]  # after a worker's traceback
         code = error.code if isinstance(error, UserError) else 2
     except KeyboardInterrupt:
-        told, code = ("\nsimfle: interrupted; the same command (without --fresh) resumes from the "
-                      "last checkpoint, if one was written.", 130)
+        told, code = ("interrupted; a run resumes from its last checkpoint by the same command "
+                      "(without --fresh).", 130)
     except Exception as error:
-        told, code = traceback.format_exc(), 1
-        if dist.is_initialized() and re.search("closed|reset|peer|timed out", str(error), re.I):
-            told = (f"\nsimfle: rank {dist.get_rank()} ends, because another one has ended; the "
-                    f"same command (without --fresh) resumes.")
-    if told:
-        print(told, file=sys.stderr, flush=True)
+        told, code = explained(error)
+    with contextlib.suppress(OSError, ValueError):
+        if told:
+            print(f"\n{name}: {told}", file=sys.stderr, flush=True)
     signal.signal(signal.SIGTERM, before)
     stop_asked.clear()
-    # Loader workers are ended, or Python would wait for them. Their end is no news any more.
+    # Loader workers ignore SIGTERM, and Python would wait for them. Their end is no news any more.
     if hasattr(signal, "SIGCHLD"):  # Windows has none
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
@@ -2386,5 +2442,23 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
+def main(argv: list[str] | None = None) -> int:
+    """The program.
+
+    Args:
+        argv: the command line, without the program's name; by default that of this process.
+    Returns:
+        the exit code, see `program`."""
+    return program("simfle", lambda: run(argv))
+
+
+def leave(code: int) -> None:
+    """Ends the process: at once where its group is still open, since Python's own exit may abort
+    then."""
+    if dist.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -1391,7 +1391,7 @@ def test_a_step_tells_the_gradients_norm_and_means_over_processes(monkeypatch):
 
 
 def test_loader_workers_are_a_processes_share_of_the_cores_up_to_8(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    monkeypatch.setattr(S, "cores", lambda: 12)
 
     def workers(given, local_size):
         world = S.World(0, local_size, local_size=local_size)
@@ -2549,6 +2549,124 @@ def test_a_picture_that_vanishes_during_training_is_stepped_over(tmp_path, monke
         f"simfle: faces/{name}.png cannot be read." for name in (7, "dangling")]
 
 
+# ---------------------------------------------------------------- What users run into
+
+
+def in_a_small_room(size, args, cwd, program="simfle.py"):
+    """The program with so little shared memory, as in a container. (code, error)"""
+    command = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "
+               f"{sys.executable} {HERE / program} {' '.join(map(str, args))}"]
+    if subprocess.run([*command[:4], f"mount -t tmpfs -o size={size} tmpfs /dev/shm"],
+                      capture_output=True).returncode:
+        pytest.skip("mounting a small /dev/shm needs a privileged user")
+    done = subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=120)
+    return done.returncode, done.stderr.strip().splitlines()[-1]
+
+
+def test_too_little_shared_memory_is_one_sentence_and_hangs_nowhere(trained, tmp_path):
+    told = "too little shared memory for the loader workers"
+    data = ["--data", trained / "colours", *TINY, "--steps", "4", "--view-size", "224"]
+    code, error = in_a_small_room("1m", data, tmp_path)
+    assert code == 2 and error.startswith(f"simfle: {told}") and "--shm-size" in error
+    code, error = in_a_small_room("64k", ["colours", "--workers", "2"], trained, "data/probe.py")
+    assert code == 2 and error.startswith(f"probe: {told}")
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried")])
+def test_out_of_memory_names_the_batch_size(error, toy, tmp_path, monkeypatch, capsys):
+    def fails(self, *args):
+        raise error
+
+    monkeypatch.setattr(S.SimFLE, "forward", fails)
+    told = complaint(["--data", toy, *TINY, "--workers", "0"], tmp_path, monkeypatch, capsys)
+    assert told.startswith("simfle: out of memory") and "--batch-size" in told
+
+
+def test_an_environment_that_is_half_set_gets_a_sentence(toy, tmp_path, monkeypatch, capsys):
+    args = ["--data", toy, *TINY]
+    assert "torchrun" in complaint([*args, "--local-rank=0"], tmp_path, monkeypatch, capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = complaint(args, tmp_path, monkeypatch, capsys)
+    assert "WORLD_SIZE is set without RANK" in told and "torchrun" in told
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    told = complaint(args, tmp_path, monkeypatch, capsys)
+    assert "MASTER_ADDR" in told and "torchrun" in told
+
+
+def test_cores_are_those_of_the_container(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12), raising=False)
+    for quota, expected in (("max 100000", 12), ("250000 100000", 2), ("50000 100000", 1),
+                            ("9900000 100000", 12)):
+        monkeypatch.setattr(S.Path, "read_text", lambda self: quota)
+        assert S.cores() == expected
+
+
+def test_no_console_and_no_closed_pipe_ends_a_training(toy, tmp_path):
+    args = [sys.executable, HERE / "simfle.py", "--data", toy, *TINY, "--steps", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1251"}
+    one = subprocess.Popen([*args, "--name", "a"], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    assert b"1 ? 12 on" in one.stdout.readline()  # × is not in cp1251
+    one.stdout.close()
+    error = one.stderr.read()
+    assert one.wait() in (0, 120) and b"simfle:" not in error  # 120: Python's own, at its exit
+    assert json.loads((tmp_path / "runs/a/log.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_pictures_are_upright_and_other_files_are_counted(tmp_path, capsys):
+    picture = Image.new("RGB", (60, 30), "white")
+    picture.paste("black", (0, 0, 30, 30))  # its left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: the left half belongs on top
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    for name in ("faces.h5", "phone.heic", "Thumbs.db", ".hidden"):
+        (tmp_path / name).write_bytes(b"no picture")
+    assert S.find_pictures(tmp_path) == [str(tmp_path / "turned.jpg")]
+    assert "3 files that Pillow does not read are left out" in capsys.readouterr().out
+    x = S.read_picture(tmp_path / "turned.jpg")
+    assert x.shape == (3, 60, 30) and x[:, :28].max() < 30 and x[:, 32:].min() > 220
+
+
+@pytest.mark.parametrize("mode, white", [("I;16", 4095), ("I;16", 65_535), ("I;16", 255),
+                                         ("F", 1.0), ("F", 255.0), ("I", 4095)])
+def test_deep_grey_is_scaled_by_the_next_white(mode, white, tmp_path):
+    picture = Image.new("F", (8, 4), white * 0.5)
+    picture.paste(white * 0.98, (0, 0, 4, 4))
+    picture = picture if mode == "F" else picture.convert("I")
+    picture = picture if mode in "IF" else picture.convert(mode)
+    picture.save(tmp_path / "x.tif")
+    x = S.read_picture(tmp_path / "x.tif").float()
+    assert x.shape == (3, 4, 8)
+    assert (x[:, :, :4] - 250).abs().max() < 3 and (x[:, :, 4:] - 127).abs().max() < 3
+
+
+def test_a_folder_that_cannot_be_entered_is_told(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="closed"):
+        S.find_pictures(tmp_path)
+
+
+def test_main_takes_paths_and_numbers(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert S.main(["--data", toy, *TINY, "--steps", 1]) == 0
+    assert B.main(["--data", toy, "--steps", -1]) == 2
+
+
 # ---------------------------------------------------------------- Part IV: tables 3 and 4
 
 PAPER_GMAC = {  # Tables 3 and 4: (--ffl none, with FaceMAE)
@@ -3106,7 +3224,7 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
         capsys.readouterr()
         assert D.main(args) == 2
         error = capsys.readouterr().err
-        assert error.startswith("figures: ") and words in error and error.count("\n") == 1
+        assert error.startswith("\nfigures: ") and words in error and error.count("\n") == 2
 
 
 # ---------------------------------------------------------------- Benchmark
@@ -3144,7 +3262,7 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
     assert shown["share of the peak"] == pytest.approx(
         100 * 12 * shown["arithmetic"] / step / peak, rel=0.05)
     assert B.main(["--data", "nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("benchmark: there is no dataset nowhere")
+    assert "benchmark: there is no dataset nowhere" in capsys.readouterr().err
 
 
 def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, monkeypatch):

@@ -131,17 +131,17 @@ def report(s: simfle.Settings, world: simfle.World, t: simfle.Training, step: fl
         print(f"{what:24}{number:14,.2f} {unit}")
 
 
+def run(argv: list[str] | None) -> None:
+    """Reads the command line and measures. Raises UserError."""
+    args = simfle.read_arguments(argv)
+    with simfle.processes() as world:
+        benchmark(simfle.read_settings(args), world)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a UserError."""
-    try:
-        args = simfle.read_arguments(argv)
-        with simfle.processes() as world:
-            benchmark(simfle.read_settings(args), world)
-        return 0
-    except simfle.UserError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
+    """Returns the exit code, see `simfle.program`."""
+    return simfle.program("benchmark", lambda: run(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    simfle.leave(main())

@@ -337,18 +337,14 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after a UserError."""
+    """Draws. Returns the exit code, see `simfle.program`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
     parser.add_argument("--compare", nargs="+", default=[], help="other runs (Figs. 1 and 3)")
     parser.add_argument("--init", default="", help="random, or a classifier; default: the run's")
     parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
-    try:
-        draw(parser.parse_args(argv))
-    except simfle.UserError as error:
-        print(f"figures: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    return simfle.program("figures", lambda: draw(args))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line of JSON. Returns the exit code: 0, 2 after a UserError, 130 after Ctrl-C."""
+    """Prints one line of JSON. Returns the exit code, see `simfle.program`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
     parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
@@ -161,15 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of --init random; default: the run's")
     parser.add_argument("--workers", type=int, default=2, help="loader workers [2]")
     args = parser.parse_args(argv)
-    try:
-        print(json.dumps(run(args)))
-    except simfle.UserError as error:
-        print(f"probe: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nprobe: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return simfle.program("probe", lambda: print(json.dumps(run(args))))
 
 
 if __name__ == "__main__":
