@@ -964,7 +964,7 @@ def test_the_loader_crops_and_resizes_as_torchvision_does_with_pillow(tmp_path):
     for index, path in enumerate(paths):
         picture, (epoch, place) = Image.open(path), (2 * index, 11 - index)
         item = faces[epoch, place, index]
-        torch.manual_seed(S.seed_of(7, epoch, place))
+        torch.manual_seed(S.seed_of(7, "crops", epoch, place))
         draw = torchvision.transforms.RandomResizedCrop.get_params
         boxes = [draw(picture, (0.3, 1), (3 / 4, 4 / 3)) for _ in range(2)]
         expected = [TF.resized_crop(picture, *box, [48, 48]) for box in boxes]
@@ -1324,7 +1324,7 @@ def test_two_processes_take_the_step_of_the_mean_gradient_and_the_target_follows
     for rank in range(2):
         [keys] = batches_of(len(paths), 12, 3, rank, 2)
         batch = torch.utils.data.default_collate([faces[k] for k in keys])
-        torch.manual_seed(S.seed_of(3, 0, rank))
+        torch.manual_seed(S.seed_of(3, "step", 0, rank))
         v1, v2 = S.augment(batch["views"][:, 0]), S.augment(batch["views"][:, 1])
         one = copy.deepcopy(model)
         parts.append(one(v1, v2, TF.normalize(batch["image"] / 255, S.MEAN, S.STD)))
@@ -2450,7 +2450,7 @@ def test_a_removed_log_and_a_restart_with_fresh_cost_nothing(toy, tmp_path, monk
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun --max-restarts does
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "resumes after step 2\n" in out and "interrupted; the same command" in err
+    assert "resumes after step 2\n" in out and "interrupted; a run resumes" in err
     assert [*logged(tmp_path / "runs/r")] == [3, 5]
 
 
