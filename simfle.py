@@ -1523,13 +1523,16 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
         raise UserError(f"{t.path} is no checkpoint of this version of the program; move it away "
                         f"or start over with --fresh.")
     old, now = saved["same"], t.same
-    differ = [f"{k} was {old.get(k)!r} and is now {now.get(k)!r}"
-              for k in sorted(old.keys() | now) if old.get(k) != now.get(k)]
-    if len(differ) == 1 and old.get("start") != now.get("start"):
+    differ = {k for k in old.keys() | now if old.get(k) != now.get(k)}
+    if differ == {"start"}:
         return 0, "starts over, since the weights that it began with have changed"
+    others = differ & {"pictures", "names", "sizes"}
+    differ = [f"{k} was {old.get(k)!r} and is now {now.get(k)!r}" for k in sorted(differ - others)]
+    if others:
+        differ.append(f"the pictures in {os.path.commonpath(t.faces.paths)} are not those it saw")
     if differ:
-        raise UserError(f"{t.path} comes from other settings ({'; '.join(differ)}); repeat them, "
-                        f"give this run another --name, or start over with --fresh.")
+        raise UserError(f"{t.path} comes from another run ({'; '.join(differ)}); repeat that, give "
+                        f"this run another --name, or start over with --fresh.")
     load_weights(t.path, t.model, saved["model"])
     for own, momentum in zip(t.momenta, saved["momenta"], strict=True):
         own.copy_(momentum)
