@@ -523,7 +523,7 @@ def test_positions_are_sines_and_cosines_of_column_and_row_as_in_mae_and_never_t
             torch.testing.assert_close(positions[1 + 7 * row + column], torch.tensor(expected))
     mae = S.MaskedAutoencoder(28, 4, **S.VITS["tiny"])
     assert not mae.position.requires_grad and not mae.decoder_position.requires_grad
-    with pytest.raises(ValueError, match="no grid of patches of 5"):
+    with pytest.raises(ValueError, match="is not made of patches of 5"):
         S.FaceMAE(64, image_size=28, patch=5)
 
 
@@ -830,16 +830,18 @@ def test_the_readmes_lines_bring_in_another_backbone_gfl_and_masking(toy, tmp_pa
                      re.DOTALL)[1]
     assert sum(bool(line.strip()) for line in code.split("\n")) <= 5 and "__main__" in code
     tiny = ["--steps", "1", *TINY]
-    code = code.replace('"--data", "toy"', '"--data", data, *tiny')
+    code = code.replace('"--data", "affectnet"', '"--data", data, *tiny')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(S, "leave", made.append)
     exec(code, dict(__name__="__main__", simfle=S,
                     MyResNet=lambda: (made.append("resnet"), S.small_resnet(8))[1],
                     MyGFL=MyGFL, MyMasking=MyMasking, tiny=tiny, data=str(toy)))
-    assert {"resnet", "gfl", "masking"} == set(made)
+    assert {"resnet", "gfl", "masking", 0} == set(made)
     assert Path("runs/faces/backbone.pt").exists()
     del S.RESNETS["mine"]  # as in the plain program
     told = complaint(["--data", toy, "--eval"], tmp_path, monkeypatch, capsys)
     assert "--arch mine is not one of small, resnet101" in told and "own in its own script" in told
+    assert D.main(["faces"]) == 2 and "own in its own script" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- 4.1 Pictures and augmentation
@@ -1793,6 +1795,7 @@ def test_evaluations_that_differ_have_names_that_differ(one, other):
 def test_sizes_are_checked_with_their_preset_and_names_have_no_slash():
     assert settings(["--preset", "laptop", "--data", "d", "--ffl-size", "16"]).ffl_size == 16
     assert "/" not in settings(["--data", "d", "--eval", "--init", "/b.pt"]).tag
+    assert settings(["--data", "d", "--eval", "semi", "--labels", "0.01", "--seed", "0"]).tag == ""
 
 
 def test_sigterm_ends_a_converged_evaluation(trained, monkeypatch):
@@ -2031,9 +2034,9 @@ def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch
     (["--gfl", "dino"], "--gfl dino is not one of byol"),
     (["--ffl", "some"], "--ffl some is not one of semantic, random, none"),
     (["--eval", "knn"], "--eval knn is not one of linear, semi, finetune"),
-    (["--patch", "5"], "an image of 28 pixels has no grid of patches of 5;"),
+    (["--patch", "5"], "an image of 28 pixels is not made of patches of 5;"),
     (["--groups", "30"], "30 channel groups do not divide 256 channels"),
-    (["--patch", "28"], "an image of 28 pixels has no grid of patches of 28;"),
+    (["--patch", "28"], "an image of 28 pixels is not made of patches of 28;"),
     (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
     (["--hidden", "4"], "--hidden must be at least 8, not 4"),
     (["--mask-ratio", "1.5"], "--mask-ratio must be from 0.01 to 0.99, not 1.5"),

@@ -322,7 +322,7 @@ def draw(args: argparse.Namespace) -> None:
         if not simfle.run_settings(name):
             there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
             raise simfle.UserError(f"no run {name} with a checkpoint; runs/ has {there or 'none'}.")
-    s = simfle.Settings(**simfle.run_settings(args.run))
+    s = simfle.checked(simfle.Settings(**simfle.run_settings(args.run)))
     folder, target = simfle.find_data(args.data or s.data), Path("runs", args.run, "figures")
     suffix = "-untrained" if args.init == "random" else ""
     suffix += f"-{simfle.data_name(args.data)}" if args.data else ""  # beside the run's own
