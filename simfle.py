@@ -2,11 +2,11 @@
 """SimFLE in one file: self-supervised facial expression recognition in the wild.
 
 SimFLE (Simple Facial Landmark Encoding, J. Moon and S. Park) trains a ResNet on face photographs
-without labels. Two tasks share the backbone: two random views of a face must look alike to it
-(GFL, Section 3.1), and its channels decide which patches of a face a masked autoencoder gets to see
-(FFL, Section 3.2); what both have learnt is exchanged by distillation (Section 3.3). Afterwards
-only the backbone is kept. Read this file from the top with the paper beside it; sections, equations
-and letters are the paper's.
+without labels. Two tasks share the backbone. In GFL (Section 3.1) it must find two random views of
+a face alike. In FFL (Section 3.2) its channels decide which patches of a face a masked autoencoder
+gets to see. Distillation exchanges what both have learnt (Section 3.3). Afterwards only the
+backbone is kept. Read this file from the top with the paper beside it. Sections, equations and
+letters are the paper's.
 
     python simfle.py                                               the demo, on a laptop
     python simfle.py --data affectnet                              one GPU
@@ -16,8 +16,8 @@ and letters are the paper's.
     python simfle.py --data affectnet --eval                       linear evaluation of that run
 
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
-gives another name): checkpoint.pt holds everything, and the same command resumes from it;
-backbone.pt is a torchvision state dict without `fc`; log.jsonl is the log.
+gives another name). checkpoint.pt holds all that is needed: the same command resumes from it.
+backbone.pt is a torchvision state dict without `fc`. log.jsonl is the log.
 
 One step, with B images (sg: no gradient)
 
@@ -391,9 +391,9 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of one group alike, channels of different groups unlike. (Sec. 3.2, Eq. 2)
 
     Of 2,048 channels, one has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
-    pairs alike. Measured on the demo's toy faces (preset laptop, 256 channels, 500 steps, seeds 0
-    to 2): mean D² between groups falls from 0.15 to 0.06, 0.07, 0.07, and within groups it rises
-    from 0.15 to 0.61, 0.40, 0.37.
+    pairs alike. On the demo's toy faces mean D² between groups falls from 0.15 to 0.06, 0.07, 0.07.
+    Within groups it rises from 0.15 to 0.61, 0.40, 0.37. (Preset laptop, 256 channels, 500 steps,
+    seeds 0 to 2.)
 
     Args:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
@@ -501,9 +501,9 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # will try to avoid masking fine-grained facial landmarks, which are difficult to reconstruct." It
 # does not say how. A sort has no gradient, and in the authors' code L_r never reaches the scores.
 #
-# Ours is a surrogate gradient, and a hypothesis. Among an image's masked patches, the score of one
-# that is harder than their mean should increase, and the score of an easier one should decrease. So
-# the mask is made soft at its threshold:
+# Ours is a surrogate gradient, and a hypothesis. Take the masked patches of an image. The score of
+# one that is harder than their mean should increase, that of an easier one should decrease. So the
+# mask is made soft at its threshold:
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
@@ -530,10 +530,10 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
     the easy patch down, the hard one up. It moves a along (+0.024, +0.016, −0.104, +0.064), since
     standardising couples the scores.
 
-    Measured as the correlation, over the 49 positions, of a patch's error and how often it is kept
-    (preset laptop, 500 steps, seeds 0 to 2, `FaceMAE`'s κ): +0.56, +0.77, +0.76 on toy faces,
-    +0.37, +0.69, +0.44 on photographs. With κ = 0 and a frozen backbone (400 steps, one seed) it
-    was −0.20 and −0.13. What the term does to accuracy has not been measured.
+    Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
+    They do, by +0.56, +0.77, +0.76 on toy faces and by +0.37, +0.69, +0.44 on photographs (preset
+    laptop, 500 steps, seeds 0 to 2, `FaceMAE`'s κ). With κ = 0 and a frozen backbone it was −0.20
+    and −0.13 (400 steps, one seed). What the term does to accuracy has not been measured.
 
     Args:
         a: scores (B, 49). Only they get a gradient.
@@ -737,9 +737,9 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        # L_g and the refinement both train the grouping layer, and neither may drown the other. The
-        # gradient of L_g, divided by that of the refinement, grows with the number of channels:
-        # like √c′ for random channels, like c′ where a group's channels agree. Hence the factor.
+        # L_g and the refinement both train the grouping layer, and neither may drown the other. L_g's
+        # gradient, divided by the refinement's, grows with c′: as √c′ for random channels, as c′
+        # where a group's channels agree. Hence the factor c′.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -1155,8 +1155,8 @@ class Batches:
 
 
 # ===== Augmentation =====
-# Each function takes a batch x (B, 3, H, W) in [0, 1] and a factor f for each image, (B, 1, 1, 1),
-# and returns the shape of x. It does what torchvision's function does to one picture.
+# Each function does to a batch what torchvision's does to one picture. It takes x (B, 3, H, W) in
+# [0, 1] and a factor f for each image, (B, 1, 1, 1), and returns the shape of x.
 
 grey = TF.rgb_to_grayscale  # (B, 3, H, W) -> (B, 1, H, W)
 
@@ -2439,9 +2439,10 @@ def explained(error: Exception) -> tuple[str, int]:
     if re.search("out of memory|not enough memory|ALLOC_FAILED", text):
         return ("out of memory: give a smaller --batch-size, or more GPUs. By a trace, the paper's "
                 "setting needs 28 GiB for 256 images a process, and 11 GiB for 85.", 2)
-    if re.search("shared memory|Bus error", text):
-        return ("too little shared memory for the loader workers: give fewer --workers (0 needs "
-                "none), or the container more, such as docker's --shm-size=8g.", 2)
+    if re.search("shared memory|Bus error|worker.*(exited|killed)", text):
+        return ("too little shared memory for the loader workers, or one was killed: give fewer "
+                "--workers (0 needs none), or the container more memory, such as docker's "
+                "--shm-size=8g.", 2)
     if dist.is_initialized() and re.search("closed|reset|peer|timed out", text, re.I):
         return (f"rank {dist.get_rank()} ends, because another one has ended; the same command "
                 f"(without --fresh) resumes.", 1)
