@@ -12,7 +12,7 @@ letters are the paper's.
     python simfle.py --data affectnet                              one GPU
     torchrun --nproc_per_node=3 simfle.py --data affectnet         three GPUs, as in the paper
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-             --rdzv_endpoint=HOST:29500 simfle.py --data affectnet        two nodes: on each, this
+             --rdzv_endpoint=HOST:29500 simfle.py --data affectnet        the same on two nodes
     python simfle.py --data affectnet --eval                       linear evaluation of that run
 
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
@@ -21,16 +21,17 @@ backbone.pt is a torchvision state dict without `fc`. log.jsonl is the log.
 
 One step, with B images (sg: no gradient)
 
-    v1, v2 = augment(face), augment(face)                  (B, 3, 224, 224)
+    v1, v2 = augment(crop of the face), augment(another)   (B, 3, 224, 224)
     z1, h1 = online(v1);  z2, h2 = online(v2)              (B, 256), and pooled features (B, 2048)
     L_s = eq1(predictor(z1), sg(target(v2))) + eq1(predictor(z2), sg(target(v1)))
     X = sg(backbone(I))                                    (B, 2048, 4, 4), I: the whole face
     C = relu(batchnorm(conv1x1(X)))                        32 groups of 64 channels
     L_g = eq2(C) / 2048                                    alike in a group, unlike between groups
-    a = per_patch(upsample(sum of a random group's C))     (B, 49) scores
+    a = per_patch(upsample(sum of C over one group))       (B, 49) scores; a random group an image
     mask = the 37 patches with the lowest scores           (B, 49) 0 kept, 1 masked
     tokens = encoder(class token, the 12 kept patches)     (B, 13, 768)
-    L_r = mean squared error of decoder(tokens) on the masked patches + refinement(a), which is 0
+    L_r = mean squared error of decoder(tokens) on the masked patches
+        + 0.02 · 2048 · refinement(a, errors)              of value 0: it gives a gradient to a
     z_m, z_v1, z_v2 = distil_m(mean of the 12 tokens), distil_v(h1), distil_v(h2)     (B, 256)
     L_d = t² · sum of KL(softmax(sg(mean of the z)/t) ‖ softmax(z_i/t))
     (L_s + L_r + 0.3 L_d + 0.03 L_g).backward(); optimizer.step()
@@ -124,7 +125,7 @@ def unit(x: Tensor, dim: int, floor: float = 0.1) -> Tensor:
 
     The gradient that passes through x/‖x‖ is proportional to 1/‖x‖. A few vectors that are almost
     zero would outweigh all others. So in the gradient alone, a norm below `floor` counts as
-    `floor`. A zero vector gets no gradient.
+    `floor`. Only a vector that is exactly zero gets none.
 
     Args:
         x: vectors along `dim`, fp32 or float64.
@@ -390,7 +391,7 @@ def pair_sums(C: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of one group alike, channels of different groups unlike. (Sec. 3.2, Eq. 2)
 
-    Of 2,048 channels, one has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
+    Each of 2,048 channels has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
     pairs alike. On the demo's toy faces mean D² between groups falls from 0.15 to 0.06, 0.07, 0.07.
     Within groups it rises from 0.15 to 0.61, 0.40, 0.37. (Preset laptop, 256 channels, 500 steps,
     seeds 0 to 2.)
@@ -399,7 +400,7 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
         groups: N_g; divides c′.
     Returns:
-        L_g: scalar, Eq. 2 divided by c′ (departure 2), mean over the batch.
+        L_g: scalar, Eq. 2 divided by c′ (departures 2 and 17), mean over the batch.
         D2_between: scalar without gradient, mean D² over the batch's pairs of channels in
             different groups. Channels that are 0 everywhere on an image do not count there.
         D2_within: the same of two different channels in one group.
@@ -449,7 +450,7 @@ class SemanticMasking(nn.Module):
         Returns the scores a (B, 49), with gradient; the indices of the kept patches (B, 12), best
         first; and the mask (B, 49), 0 kept and 1 masked.
     Raises:
-        ValueError: patches of this size do not make up the image, or one is all of it.
+        ValueError: the image is not made of several patches of this size.
 
         C = torch.rand(2, 2048, 4, 4)
         masking = SemanticMasking(groups=32, image_size=112, patch=16, ratio=0.75)
@@ -497,11 +498,12 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return keep, torch.ones_like(a).scatter(1, keep, 0.0)
 
 
-# Trainable refinement (departure 1). Paper: "FaceMAE has to minimize the reconstruction loss, it
-# will try to avoid masking fine-grained facial landmarks, which are difficult to reconstruct." It
-# does not say how. A sort has no gradient, and in the authors' code L_r never reaches the scores.
+# Trainable refinement (departure 1). Paper: FaceMAE "will try to avoid masking fine-grained facial
+# landmarks, which are difficult to reconstruct." The paper does not say how. A sort has no
+# gradient, and in the authors' code L_r never reaches the scores.
 #
-# Ours is a surrogate gradient, and a hypothesis. Take the masked patches of an image. The score of
+# Ours is a surrogate: a gradient that we write down ourselves, since the sort has none. It is a
+# hypothesis that it does what the paper claims. Take the masked patches of an image. The score of
 # one that is harder than their mean should increase, that of an easier one should decrease. So the
 # mask is made soft at its threshold:
 #
@@ -512,8 +514,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 #
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − const)
 #
-# with M the mask of zeros and ones, const the value of soft_i as a constant, and ē the mean error
-# of the masked patches. The gradient with respect to r_i is
+# with M the mask of zeros and ones, const the number soft_i without its gradient, and ē the mean
+# error of the masked patches. The gradient with respect to r_i is
 #
 #     −M_i (e_i − ē) soft_i (1 − soft_i) / N_m
 #
@@ -696,8 +698,8 @@ class MaskedAutoencoder(nn.Module):
 class FaceMAE(nn.Module):
     """The whole of FFL: grouping, semantic masking, autoencoding. (Sec. 3.2, Eq. 2 to 4)
 
-    Its loss is L_r + β L_g. Each image's channel group is drawn from torch's generator, in eval
-    mode too.
+    `SimFLE` adds L_r + β L_g to its loss. Each image's channel group is drawn from torch's
+    generator, in eval mode too.
 
     Args:
         channels: c′ of the backbone.
@@ -708,8 +710,8 @@ class FaceMAE(nn.Module):
         image_size, patch: pixels a side of I and of a patch.
         autoencoder: further arguments of `MaskedAutoencoder`.
     Forward:
-        X: the backbone's map of I, (B, 2048, 4, 4). Without gradient: it would train the backbone
-            (Sec. 3.3; Table 3 b).
+        X: the backbone's map of I, (B, 2048, 4, 4), without gradient. (With it, the losses would
+            train the backbone: Sec. 3.3, Table 3 b.)
         I: images (B, 3, 112, 112), normalised.
         Returns L_r, the mean over masked patches, and L_g, scalars; the encoder's tokens (B, 12,
         768), best first; and a dict to be logged, without gradient: D2_between and D2_within (see
@@ -737,9 +739,9 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        # L_g and the refinement both train the grouping layer, and neither may drown the other. L_g's
-        # gradient, divided by the refinement's, grows with c′: as √c′ for random channels, as c′
-        # where a group's channels agree. Hence the factor c′.
+        # L_g and the refinement both train the grouping layer, and neither may drown the other.
+        # With more channels L_g's gradient grows faster than the refinement's: in proportion to c′
+        # where a group's channels agree. A factor c′ on the refinement makes up for that.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -749,7 +751,8 @@ class FaceMAE(nn.Module):
 # ===== 3.3 Connecting two branches =====
 # FFL wants easy reconstruction, GFL wants views alike. Where both pull at the backbone, the paper's
 # accuracy falls from 44.01 % to 20.98 % (Table 3, d and b). So the map X that makes the scores
-# carries no gradient back. The branches only exchange what they know: the autoencoder's vector of
+# carries no gradient back: FFL trains the grouping layer and the autoencoder, but not, as Sec. 3.2
+# has it, the backbone. The branches only exchange what they know: the autoencoder's vector of
 # the face and the backbone's vectors of the two views, each through a head. The softmax of each
 # should come near the softmax of their mean.
 
@@ -757,8 +760,8 @@ class FaceMAE(nn.Module):
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     """Draws each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
 
-    Departure 7. Paper: KL(ψ(z_i/t), ψ(z̄/t)); the order and what carries a gradient are open.
-    Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), the mode-covering direction. z̄ is a
+    Departure 7. Paper: KL(ψ(z_i/t), ψ(z̄/t)); which of the two is the reference, and what carries
+    a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)). z̄ is a
     constant here. That changes nothing: with respect to z̄ the gradients of the sum cancel, because
     z̄ is the mean of the z_i. t² is from Hinton et al. (2015). The gradient shrinks by 1/t
     in the softmax and by another 1/t in the difference of the distributions. With t² its size
@@ -839,19 +842,18 @@ class SimFLE(nn.Module):
         # 3.1 What is the same in two views?
         L_s, hs, z1 = self.gfl(v1, v2)
 
-        # 3.2 What must be seen to guess the rest? The backbone sees I in train mode. So the running
-        # statistics of its BatchNorm move three times a step, by v1, v2 and I. No gradient comes
-        # back from here.
+        # 3.2 What must be seen to guess the rest? The backbone sees I in train mode, as it sees the
+        # views: the running statistics of its BatchNorm move by I too. No gradient comes back.
         with torch.no_grad():
             X, _ = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
 
-        # 3.3 What has each branch learnt? Authors: z_m is the mean over the visible patches,
-        # without the class token.
+        # 3.3 What has each branch learnt? Authors: z_m is made from the mean of the visible
+        # patches' tokens, without the class token.
         z_m = self.distil_m(tokens.mean(dim=1))
         L_d = distillation_loss([z_m] + [self.distil_v(h) for h in hs], self.t)
 
-        # Eq. 6. Departure 17: L_g is Eq. 2 divided by c′, so β here is what β/c′ is in the paper.
+        # Eq. 6. Departure 17: L_g is Eq. 2 divided by c′. So β = 0.03 here is 0.03/c′ in the paper.
         loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
         return report(loss, L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1), **logged)
 
@@ -918,8 +920,8 @@ class DirectSimFLE(GFLAlone):
 class RandomMasking(SemanticMasking):
     """Masks at random, with the interface of `SemanticMasking`. (Table 3 c)
 
-    The grouping layer and L_g stay: the paper counts their arithmetic in this row. Nothing else
-    learns from them. The scores are random numbers, without gradient."""
+    The grouping layer and L_g stay: the multiply-adds that the paper gives for this row hold them.
+    Nothing else learns from them. The scores are random numbers, without gradient."""
     def forward(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = torch.rand(len(C), (self.image_size // self.patch)**2, device=C.device)
         return a, *mask_lowest(a, self.ratio)
@@ -942,7 +944,8 @@ class UserError(Exception):
 
 
 def seed_of(*key) -> int:
-    """32 bits from a key, the same on every machine. (ours) torch's CPU generator uses no more."""
+    """A seed of 32 bits from a key, the same on every machine. torch's CPU generator uses no more
+    than 32 bits of a seed. (ours)"""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big")
 
 
@@ -955,9 +958,10 @@ def generator_of(*key) -> torch.Generator:
 # A loader worker decodes a picture, crops and resizes it, and hands over uint8. Flip, colours, blur
 # and normalisation follow on the whole batch, on its device.
 #
-# Every random choice is seeded: crops by (seed, epoch, place in the epoch), what is drawn on the
-# device by (seed, step, rank). So the number of workers changes nothing, and a checkpoint needs no
-# state of a generator. Another number of ranks draws other colours and masks.
+# Every random choice is seeded: weights by the seed, the order of the pictures by (seed, epoch),
+# crops by (seed, epoch, place in the epoch), all that a step draws by (seed, step, rank). So the
+# number of workers changes nothing, and a checkpoint needs no state of a generator. Another number
+# of ranks draws other colours and masks. (A rank is one of the W processes of a run.)
 
 
 NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, but decodes none
@@ -1054,8 +1058,8 @@ def resize(x: Tensor, size: int) -> Tensor:
 class Faces(Dataset):
     """What a step needs of one picture. (Sec. 4.1)
 
-    A picture that cannot be read is named once. In training the next one takes its place, with its
-    own label. Without crops, as in a test set, it is an error.
+    A picture that cannot be read is told on stderr, once. In training the next one takes its place,
+    with its own label. Without crops, as in a test set, it is an error.
 
     Args:
         paths: the pictures.
@@ -1082,7 +1086,7 @@ class Faces(Dataset):
         """A picture (3, H, W) uint8, this one or the next that can be read, and its index.
 
         Raises:
-            UserError: this one cannot be read, and there are no crops; or 64 in a row cannot."""
+            UserError: 64 in a row cannot be read; without crops, this one cannot."""
         for i in range(index, index + (64 if self.crops else 1)):
             i %= len(self)
             try:
@@ -1416,8 +1420,9 @@ def ignore_signals(worker: int) -> None:
 
 
 # ===== Checkpoints =====
-# A run may be killed at any moment, and resumes as if nothing had happened. So files are written
-# whole, a checkpoint holds all that the next step depends on, and it is used by the same run only.
+# A run may be killed at any moment. Resumed on a CPU, its weights are as if nothing had happened.
+# So files are written whole, and a checkpoint holds all that the next step depends on. It is used
+# by the same run only; what may change all the same are the settings marked `free`.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1505,8 +1510,8 @@ def save_checkpoint(t: Training, done: int) -> None:
     """Writes all that a run needs to resume.
 
     That is: `identity`, the steps done, the model's weights, and the optimiser's momenta in the
-    order of its parameters. (The optimiser's own state dict would bring back an old learning rate
-    and weight decay.) The next learning rate is there to tell whether it has changed.
+    order of its parameters. (The optimiser's own state dict would bring back an old weight decay.)
+    The next step's learning rate is saved too, so that a change can be told to the user.
 
     Args:
         t: see `Training`.
@@ -1526,7 +1531,7 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
         fresh: remove the checkpoint first.
     Returns:
         the steps done, 0 where the run starts; and what to tell the user. An evaluation starts over
-        where the weights that it began with have changed.
+        if the file with its initial weights (`start`, see `evaluate`) has changed.
     Raises:
         UserError: another process has the checkpoint, it is damaged, or it comes from another
             version, other settings or other pictures."""
@@ -1648,7 +1653,7 @@ class Training:
         optimizer: SGD over the parameters of `net`.
         momenta: the optimiser's, in the order of its parameters.
         faces, batches: the pictures and their order.
-        learning_rate: a function of the step, from 0.
+        learning_rate: a function of the step's number, which counts from 0.
         lock: see `lock`."""
     path: Path
     same: dict
@@ -1695,7 +1700,7 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
                             f"was not taken. The same command with a lower --lr resumes from the "
                             f"last checkpoint, or starts over where there is none.")
         t.optimizer.step()
-        t.optimizer.zero_grad(set_to_none=False)  # kept: new memory for each step costs time
+        t.optimizer.zero_grad(set_to_none=False)  # the gradients' memory is kept for the next step
         if hasattr(t.model, "update"):
             t.model.update()  # the target; a classifier has none
 
@@ -1712,7 +1717,7 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
             save(done)
         if stop:
             if world.size > 1:
-                dist.barrier()  # else torchrun would kill rank 0 while it saves: the others end
+                dist.barrier()  # torchrun kills rank 0 once another has ended: not while it saves
             raise UserError(f"stopped after step {done:,} of {last:,}; the same command (without "
                             f"--fresh) resumes from there.", code=143)
 
@@ -1720,14 +1725,14 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
 def reduced(world: World, net: nn.Module, out: dict[str, Tensor]) -> dict[str, float]:
     """The scalars of a step as plain numbers, means over the ranks.
 
-    Here the host waits for the device, in most steps only here. A NaN of one rank reaches all.
+    The host waits for the device here, in most steps only here. A NaN of one rank reaches all.
 
     Args:
         net: the module that was trained; with DDP its gradients are means over the ranks.
         out: what the step returned.
     Returns:
-        the scalars of `out`; `gradient`, the norm of the gradient, under DDP of its mean over the
-        ranks; `stop`, above 0 where a rank has been told to stop."""
+        the scalars of `out`; `gradient`, the norm of the gradient, which under DDP is the mean of
+        the ranks' gradients; `stop`, above 0 if a rank has been told to stop."""
     scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
     scalars["gradient"] = nn.utils.get_total_norm(
         p.grad for p in net.parameters() if p.grad is not None)
@@ -1752,7 +1757,7 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     Raises:
         UserError: the batch is larger than the data or too small; see also `load_checkpoint`."""
     data = find_data(s.data)
-    # Departure 10: ⌊256/W⌋ images a rank, 255 on three.
+    # Departure 10: ⌊256/W⌋ images for each of W ranks; on three ranks a step has 255 in all.
     share = min(s.batch_size, len(faces) if partial else s.batch_size) // world.size
     batch = share * world.size
     if share < 2 or batch > len(faces):
@@ -1763,14 +1768,14 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
 
     def learning_rate(i: int) -> float:  # departure 5: the cosine by steps, not by epochs
         factor = 0.5 * (1 + math.cos(math.pi * i / batches.last)) if cosine else 1.0
-        return s.lr * batch / 256 * factor
+        return s.lr * batch / 256 * factor  # ours: in proportion to the batch
 
     model.to(world.device, memory_format=torch.channels_last)
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
     momenta = [torch.zeros_like(p) for p in parameters]
-    for p, momentum in zip(parameters, momenta):  # SGD would make them in its first step: too late
+    for p, momentum in zip(parameters, momenta):  # else SGD makes them later, after the checkpoint
         optimizer.state[p]["momentum_buffer"] = momentum
     t = Training(path, identity(s, world, data, faces.paths, batch, **more), model,
                  in_parallel(world, trained), optimizer, momenta, faces, batches, learning_rate)
@@ -1804,7 +1809,7 @@ def pretrain(s: Settings, world: World) -> None:
             start.update(load_start(s.init, s.arch))
 
     from_rank0(world, read_start)
-    model = build_model(s, start.get("model"))  # on rank 0; `set_up` copies it to the others
+    model = build_model(s, start.get("model"))  # `set_up` copies rank 0's weights to all ranks
     t = set_up(s, world, model, model, faces, path)
 
     def step(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -1815,7 +1820,7 @@ def pretrain(s: Settings, world: World) -> None:
         backbone = {k: v.cpu() for k, v in model.backbone.resnet.state_dict().items()}
         write_whole(folder / "backbone.pt", lambda file: torch.save(backbone, file))
         write_json(folder / "settings.json", asdict(s))
-        save_checkpoint(t, done)  # last: where this file is complete, the other two are
+        save_checkpoint(t, done)  # last: if this file is complete, so are the two above
 
     fit(s, world, t, step, save, shown=("L_s", "L_r", "L_d", "L_g", "spread"))
 
@@ -2439,7 +2444,7 @@ def explained(error: Exception) -> tuple[str, int]:
     if re.search("out of memory|not enough memory|ALLOC_FAILED", text):
         return ("out of memory: give a smaller --batch-size, or more GPUs. By a trace, the paper's "
                 "setting needs 28 GiB for 256 images a process, and 11 GiB for 85.", 2)
-    if re.search("shared memory|Bus error|worker.*(exited|killed)", text):
+    if re.search("shared memory|Bus error|/torch_|worker.*(exited|killed)", text):
         return ("too little shared memory for the loader workers, or one was killed: give fewer "
                 "--workers (0 needs none), or the container more memory, such as docker's "
                 "--shm-size=8g.", 2)
