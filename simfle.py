@@ -400,7 +400,7 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
         groups: N_g; divides c′.
     Returns:
-        L_g: scalar, Eq. 2 divided by c′ (departures 2 and 17), mean over the batch.
+        L_g: scalar, Eq. 2 divided by c′ (departure 2; see departure 17), mean over the batch.
         D2_between: scalar without gradient, mean D² over the batch's pairs of channels in
             different groups. Channels that are 0 everywhere on an image do not count there.
         D2_within: the same of two different channels in one group.
