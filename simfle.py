@@ -2,17 +2,18 @@
 """SimFLE in one file: self-supervised facial expression recognition in the wild.
 
 SimFLE (Simple Facial Landmark Encoding, J. Moon and S. Park) trains a ResNet on face photographs
-without labels. Two tasks share the backbone. In GFL (Section 3.1) it must find two random views of
-a face alike. In FFL (Section 3.2) its channels decide which patches of a face a masked autoencoder
-gets to see. Distillation exchanges what both have learnt (Section 3.3). Afterwards only the
-backbone is kept. Read this file from the top with the paper beside it. Sections, equations and
-letters are the paper's.
+without labels. Two tasks share the backbone. Global facial feature learning (GFL, Section 3.1) must
+find two random views of a face alike. In fine-grained facial feature learning (FFL, Section 3.2)
+the backbone's channels decide which patches of a face a masked autoencoder gets to see.
+Distillation exchanges what both have learnt (Section 3.3). Afterwards only the backbone is kept.
+Read this file from the top with the paper beside it. Section numbers, equations and letters are the
+paper's.
 
     python simfle.py                                               the demo, on a laptop
     python simfle.py --data affectnet                              one GPU
     torchrun --nproc_per_node=3 simfle.py --data affectnet         three GPUs, as in the paper
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-             --rdzv_endpoint=HOST:29500 simfle.py --data affectnet        the same on two nodes
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 ...
+                                                                   two nodes, on each of them
     python simfle.py --data affectnet --eval                       linear evaluation of that run
 
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
@@ -27,11 +28,11 @@ One step, with B images (sg: no gradient)
     X = sg(backbone(I))                                    (B, 2048, 4, 4), I: the whole face
     C = relu(batchnorm(conv1x1(X)))                        32 groups of 64 channels
     L_g = eq2(C) / 2048                                    alike in a group, unlike between groups
-    a = per_patch(upsample(sum of C over one group))       (B, 49) scores; a random group an image
+    a = patch means of upsample(sum of C over one group)   (B, 49) scores; an image draws its group
     mask = the 37 patches with the lowest scores           (B, 49) 0 kept, 1 masked
     tokens = encoder(class token, the 12 kept patches)     (B, 13, 768)
     L_r = mean squared error of decoder(tokens) on the masked patches
-        + 0.02 · 2048 · refinement(a, errors)              of value 0: it gives a gradient to a
+        + 0.02 · 2048 · refinement(a, errors)              always 0, but the scores get a gradient
     z_m, z_v1, z_v2 = distil_m(mean of the 12 tokens), distil_v(h1), distil_v(h2)     (B, 256)
     L_d = t² · sum of KL(softmax(sg(mean of the z)/t) ‖ softmax(z_i/t))
     (L_s + L_r + 0.3 L_d + 0.03 L_g).backward(); optimizer.step()
@@ -103,7 +104,7 @@ MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 
 def full_precision(x: Tensor):
-    """Switches `torch.autocast` off, for norms, cosines, softmax, Eq. 2 and the scores. (ours)
+    """Switches `torch.autocast` off where fp32 matters, such as in norms and cosines. (ours)
 
     bf16 has 8 significant bits. Many of 49 scores would be equal as bf16, and which patch is masked
     would be an accident. What is bf16 already is lifted by `promote`.
@@ -124,8 +125,8 @@ def unit(x: Tensor, dim: int, floor: float = 0.1) -> Tensor:
     """Scales vectors to unit length; a zero vector stays zero. (ours)
 
     The gradient that passes through x/‖x‖ is proportional to 1/‖x‖. A few vectors that are almost
-    zero would outweigh all others. So in the gradient alone, a norm below `floor` counts as
-    `floor`. Only a vector that is exactly zero gets none.
+    zero would outweigh all others. So for the gradient, norms below `floor` are replaced by it. The
+    value is unchanged. An exactly zero vector gets no gradient.
 
     Args:
         x: vectors along `dim`, fp32 or float64.
@@ -190,7 +191,7 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # even where their weights agree; BYOL's authors report a collapse without it.
 #
 # `spread` shows whether it worked. It is 0 in a collapse. Over evenly spread directions in 256
-# dimensions each coordinate's standard deviation is 1/√256 = 0.0625.
+# dimensions each coordinate's standard deviation is 1/√256 = 0.0625. In training it was near 0.05.
 
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ def spread(z: Tensor) -> Tensor:
         z: projections (B, 256).
     Returns:
         scalar: the standard deviation of the normalised projections over the batch, averaged over
-        the dimensions. 0 in a collapse, near 1/√256 when healthy."""
+        the dimensions. 0 in a collapse; 1/√256 = 0.0625 for evenly spread directions."""
     with full_precision(z):
         return F.normalize(promote(z), dim=1).std(dim=0).mean()
 
@@ -323,7 +324,7 @@ class BYOL(nn.Module):
 # Uᵀ U is only h′w′ × h′w′ = 16 × 16. The same holds for the pairs inside one group g, with U_g, its
 # 64 rows. So, exactly and for 1/128 of the arithmetic,
 #
-#     L_g  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Uᵀ U‖² − 2 Σ_g ‖U_gᵀ U_g‖²
+#     Eq. 2  =  (all pairs − pairs in a group) − pairs in a group  =  ‖Uᵀ U‖² − 2 Σ_g ‖U_gᵀ U_g‖²
 #
 # and Uᵀ U is the sum of the groups' U_gᵀ U_g.
 
@@ -331,8 +332,8 @@ class BYOL(nn.Module):
 class ChannelGrouping(nn.Module):
     """Mixes c′ channels into c′ channels that lie in groups. (Sec. 3.2)
 
-    Paper: "Channel grouping can be implemented through a 1 × 1 convolution layer". Authors:
-    BatchNorm and ReLU behind it (departure 3).
+    Paper: "Channel grouping can be implemented through a 1 × 1 convolution layer". As the authors
+    do, we add BatchNorm and ReLU, which the paper does not mention (departure 3).
 
     Args:
         channels: c′.
@@ -392,15 +393,15 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of one group alike, channels of different groups unlike. (Sec. 3.2, Eq. 2)
 
     Each of 2,048 channels has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
-    pairs alike. On the demo's toy faces mean D² between groups falls from 0.15 to 0.06, 0.07, 0.07.
-    Within groups it rises from 0.15 to 0.61, 0.40, 0.37. (Preset laptop, 256 channels, 500 steps,
-    seeds 0 to 2.)
+    pairs alike. With three seeds on the demo's toy faces, mean D² between groups falls from 0.15 to
+    0.06, 0.07 and 0.07. Within groups it rises from 0.15 to 0.61, 0.40 and 0.37. (A small ResNet of
+    256 channels in 32 groups, 500 steps; on the command line it is --preset laptop.)
 
     Args:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
         groups: N_g; divides c′.
     Returns:
-        L_g: scalar, Eq. 2 divided by c′ (departure 2; see departure 17), mean over the batch.
+        L_g: scalar, Eq. 2 divided by c′ (departure 2), mean over the batch.
         D2_between: scalar without gradient, mean D² over the batch's pairs of channels in
             different groups. Channels that are 0 everywhere on an image do not count there.
         D2_within: the same of two different channels in one group.
@@ -447,8 +448,8 @@ class SemanticMasking(nn.Module):
         ratio: γ, the share of the patches that is masked.
     Forward:
         C: grouped channels (B, 2048, 4, 4).
-        Returns the scores a (B, 49), with gradient; the indices of the kept patches (B, 12), best
-        first; and the mask (B, 49), 0 kept and 1 masked.
+        Returns the scores a (B, 49), with gradient; the indices of the kept patches (B, 12),
+        highest score first; and the mask (B, 49), 0 kept and 1 masked.
     Raises:
         ValueError: the image is not made of several patches of this size.
 
@@ -490,7 +491,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         a: scores (B, N_p).
         ratio: γ. Of 49 patches at γ = 0.75, ⌊49 · 0.25⌋ = 12 are kept and 37 masked.
     Returns:
-        keep: indices of the kept patches (B, N_p − N_m), best first.
+        keep: indices of the kept patches (B, N_p − N_m), highest score first.
         mask: (B, N_p), 0 kept and 1 masked."""
     B, N_p = a.shape
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
@@ -514,8 +515,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 #
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − const)
 #
-# with M the mask of zeros and ones, const the number soft_i without its gradient, and ē the mean
-# error of the masked patches. The gradient with respect to r_i is
+# M is the mask of zeros and ones, ē the mean error of the masked patches. const equals soft_i but
+# is detached: the bracket is zero, and has soft_i's gradient. The gradient with respect to r_i is
 #
 #     −M_i (e_i − ē) soft_i (1 − soft_i) / N_m
 #
@@ -534,8 +535,8 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
 
     Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
     They do, by +0.56, +0.77, +0.76 on toy faces and by +0.37, +0.69, +0.44 on photographs (preset
-    laptop, 500 steps, seeds 0 to 2, `FaceMAE`'s κ). With κ = 0 and a frozen backbone it was −0.20
-    and −0.13 (400 steps, one seed). What the term does to accuracy has not been measured.
+    laptop, 500 steps, seeds 0 to 2, `FaceMAE`'s κ). What the term does to accuracy has not been
+    measured.
 
     Args:
         a: scores (B, 49). Only they get a gradient.
@@ -713,10 +714,11 @@ class FaceMAE(nn.Module):
         X: the backbone's map of I, (B, 2048, 4, 4), without gradient. (With it, the losses would
             train the backbone: Sec. 3.3, Table 3 b.)
         I: images (B, 3, 112, 112), normalised.
-        Returns L_r, the mean over masked patches, and L_g, scalars; the encoder's tokens (B, 12,
-        768), best first; and a dict to be logged, without gradient: D2_between and D2_within (see
-        `grouping_loss`), and by patch position (49,) masked_error, the summed error of masked
-        patches, and masked, how often each was masked (Fig. 3).
+        Returns L_r, the mean over masked patches with the refinement, and L_g, scalars; the
+        encoder's tokens (B, 12, 768), highest score first; and a dict to be logged, without
+        gradient: D2_between and D2_within (see `grouping_loss`), and by patch position (49,)
+        masked_error, the summed error of masked patches, and masked, how often each was masked
+        (Fig. 3).
     Raises:
         ValueError: see `ChannelGrouping` and `SemanticMasking`.
 
@@ -740,8 +742,8 @@ class FaceMAE(nn.Module):
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
         # L_g and the refinement both train the grouping layer, and neither may drown the other.
-        # With more channels L_g's gradient grows faster than the refinement's: in proportion to c′
-        # where a group's channels agree. A factor c′ on the refinement makes up for that.
+        # Relative to the refinement's, L_g's gradient grows with c′ where a group's channels agree.
+        # Multiplying the refinement by c′ makes up for that.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -751,21 +753,20 @@ class FaceMAE(nn.Module):
 # ===== 3.3 Connecting two branches =====
 # FFL wants easy reconstruction, GFL wants views alike. Where both pull at the backbone, the paper's
 # accuracy falls from 44.01 % to 20.98 % (Table 3, d and b). So the map X that makes the scores
-# carries no gradient back: FFL trains the grouping layer and the autoencoder, but not, as Sec. 3.2
-# has it, the backbone. The branches only exchange what they know: the autoencoder's vector of
-# the face and the backbone's vectors of the two views, each through a head. The softmax of each
-# should come near the softmax of their mean.
+# carries no gradient back. Sec. 3.2 says that the refinement adjusts the backbone too; here, as in
+# the authors' code, FFL trains the grouping layer and the autoencoder alone. The branches only
+# exchange what they know: the autoencoder's vector of the face and the backbone's vectors of the
+# two views, each through a head. The softmax of each should come near the softmax of their mean.
 
 
 def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     """Draws each vector's softmax towards that of their mean. (Sec. 3.3, Eq. 5)
 
-    Departure 7. Paper: KL(ψ(z_i/t), ψ(z̄/t)); which of the two is the reference, and what carries
-    a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)). z̄ is a
-    constant here. That changes nothing: with respect to z̄ the gradients of the sum cancel, because
-    z̄ is the mean of the z_i. t² is from Hinton et al. (2015). The gradient shrinks by 1/t
-    in the softmax and by another 1/t in the difference of the distributions. With t² its size
-    hardly depends on t.
+    Departure 7. Paper: KL(ψ(z_i/t), ψ(z̄/t)), without t²; which of the two is the reference, and
+    what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
+    The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
+    distributions; with t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
+    nothing: the three gradients with respect to z̄ add up to zero, as z̄ is the mean.
 
     Args:
         zs: z_m, z_v1, z_v2, (B, 256) each.
@@ -801,8 +802,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #     the end   1.67    0.61    0.061    280    0.047
 #
 # L_s starts near 4: for two unrelated directions 2 − 2·cos is about 2, and there are two orders.
-# β L_g is 8.6 at first, more than all other terms together. It does no harm, since it trains the
-# grouping layer alone. In a collapse `spread` falls to 0, and L_s with it.
+# β L_g is 8.6 at first, more than all other terms together. It trains the grouping layer alone, so
+# it takes nothing from the backbone's losses. In a collapse `spread` falls to 0, and L_s with it.
 
 
 class SimFLE(nn.Module):
@@ -853,7 +854,8 @@ class SimFLE(nn.Module):
         z_m = self.distil_m(tokens.mean(dim=1))
         L_d = distillation_loss([z_m] + [self.distil_v(h) for h in hs], self.t)
 
-        # Eq. 6. Departure 17: L_g is Eq. 2 divided by c′. So β = 0.03 here is 0.03/c′ in the paper.
+        # Eq. 6. Departure 17: as L_g is Eq. 2 divided by c′, our β = 0.03 corresponds to 0.03/c′ in
+        # the paper.
         loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
         return report(loss, L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1), **logged)
 
@@ -920,8 +922,8 @@ class DirectSimFLE(GFLAlone):
 class RandomMasking(SemanticMasking):
     """Masks at random, with the interface of `SemanticMasking`. (Table 3 c)
 
-    The grouping layer and L_g stay: the multiply-adds that the paper gives for this row hold them.
-    Nothing else learns from them. The scores are random numbers, without gradient."""
+    The grouping layer and L_g stay, because Table 3 gives rows c and d the same arithmetic. Nothing
+    else learns from them. The scores are random numbers, without gradient."""
     def forward(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = torch.rand(len(C), (self.image_size // self.patch)**2, device=C.device)
         return a, *mask_lowest(a, self.ratio)
@@ -1058,8 +1060,8 @@ def resize(x: Tensor, size: int) -> Tensor:
 class Faces(Dataset):
     """What a step needs of one picture. (Sec. 4.1)
 
-    A picture that cannot be read is told on stderr, once. In training the next one takes its place,
-    with its own label. Without crops, as in a test set, it is an error.
+    A picture that cannot be read is told on stderr, once by each rank. In training the next one
+    takes its place, with its own label. Without crops, as in a test set, it is an error.
 
     Args:
         paths: the pictures.
@@ -1119,17 +1121,18 @@ class Batches:
     """Which pictures one rank gets in each step: a batch sampler for DataLoader. (Sec. 4.1)
 
     An epoch is one permutation of the images, drawn from (seed, epoch). A step takes the next
-    `batch` of it, and each rank an equal share of them. `set_up` fills in which steps are to be
-    done: `first`, ..., `last` − 1.
+    `batch` of it, and each rank an equal share of them. What is left at an epoch's end, too few for
+    a batch, is dropped. `set_up` fills in which steps are to be done: `first`, ..., `last` − 1.
 
     Args:
         images: how many there are.
         batch: images a step, over all ranks.
         seed: of the permutations.
         world: see `World`.
-        partial: whether an epoch's last images, too few for a batch, make a smaller one. It is cut
-            to a multiple of the ranks, and left out below 2 a rank.
-        weights: (images,), for oversampling: an epoch is then as many draws with replacement.
+        partial: for evaluations, whether what is left makes a smaller batch instead. It is cut so
+            that all ranks get equal shares, and dropped if these are below two.
+        weights: (images,), for oversampling: an epoch then draws `images` pictures with
+            replacement, in proportion to the weights.
     Yields:
         lists of keys of `Faces`."""
     def __init__(self, images: int, batch: int, seed: int, world: World, partial: bool = False,
@@ -1283,7 +1286,7 @@ def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
 
 # ===== Processes =====
 # torchrun starts a process for each GPU. Each has an equal share of every batch, and
-# DistributedDataParallel averages their gradients. Rank 0 alone reads and writes the run's files.
+# DistributedDataParallel averages their gradients. Rank 0 alone reads and writes checkpoints.
 
 
 @dataclass
@@ -1421,8 +1424,9 @@ def ignore_signals(worker: int) -> None:
 
 # ===== Checkpoints =====
 # A run may be killed at any moment. Resumed on a CPU, its weights are as if nothing had happened.
-# So files are written whole, and a checkpoint holds all that the next step depends on. It is used
-# by the same run only; what may change all the same are the settings marked `free`.
+# So files are written whole, and a checkpoint holds all that the next step depends on. Only the
+# same run may use it: `identity` says what must be equal. Learning rate, weight decay and length
+# may change, and the number of ranks where the real batch stays the same.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1510,8 +1514,8 @@ def save_checkpoint(t: Training, done: int) -> None:
     """Writes all that a run needs to resume.
 
     That is: `identity`, the steps done, the model's weights, and the optimiser's momenta in the
-    order of its parameters. (The optimiser's own state dict would bring back an old weight decay.)
-    The next step's learning rate is saved too, so that a change can be told to the user.
+    order of its parameters. (Its own state dict would overwrite a newly given weight decay.) The
+    next step's learning rate is saved too, so that a change can be told to the user.
 
     Args:
         t: see `Training`.
@@ -1573,7 +1577,7 @@ def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int
         data: the dataset's folder.
         paths: its pictures. They are known by their relative names, which must agree over the
             ranks, and by their sizes on rank 0's machine.
-        batch: the real batch, over all ranks.
+        batch: the real batch, over all ranks: 255 for --batch-size 256 on three.
         more: what else must be equal.
     Returns:
         a dict of plain values.
@@ -1649,7 +1653,7 @@ class Training:
         path: of the checkpoint.
         same: see `identity`.
         model: all that is saved.
-        net: what is trained of it, under DDP where there are several ranks.
+        net: the trained part of `model`, wrapped in DDP where there are several ranks.
         optimizer: SGD over the parameters of `net`.
         momenta: the optimiser's, in the order of its parameters.
         faces, batches: the pictures and their order.
@@ -1672,8 +1676,8 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
 
     Args:
         step: the forward pass. It takes a batch on the device and returns a dict of tensors: the
-            scalar `loss`, with gradient; other scalars, which are logged; vectors, which are summed
-            up for the log.
+            scalar `loss`, with gradient; other scalars; vectors. Logged are a step's own scalars,
+            and the vectors' sums over ranks and steps since the last line.
         save: writes the checkpoint; takes the number of steps done.
         shown: which scalars the status line shows.
     Raises:
@@ -1731,8 +1735,8 @@ def reduced(world: World, net: nn.Module, out: dict[str, Tensor]) -> dict[str, f
         net: the module that was trained; with DDP its gradients are means over the ranks.
         out: what the step returned.
     Returns:
-        the scalars of `out`; `gradient`, the norm of the gradient, which under DDP is the mean of
-        the ranks' gradients; `stop`, above 0 if a rank has been told to stop."""
+        the scalars of `out`; `gradient`, its norm, under DDP after the gradient was averaged over
+        the ranks; `stop`, above 0 if a rank has been told to stop."""
     scalars = {k: v.detach().float() for k, v in out.items() if v.ndim == 0}
     scalars["gradient"] = nn.utils.get_total_norm(
         p.grad for p in net.parameters() if p.grad is not None)
@@ -1780,7 +1784,7 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     t = Training(path, identity(s, world, data, faces.paths, batch, **more), model,
                  in_parallel(world, trained), optimizer, momenta, faces, batches, learning_rate)
     batches.first, told = from_rank0(world, lambda: load_checkpoint(t, s.fresh))
-    broadcast(world, [*model.state_dict().values(), *momenta])  # rank 0's, tensor by tensor
+    broadcast(world, [*model.state_dict().values(), *momenta])  # rank 0's, to all ranks
     if batches.first >= batches.last:
         told = f"complete after {batches.first:,}; --fresh would start over"
     say(world, f"{path}: {len(faces):,} pictures of {data}, {batches.last:,} steps of {batch} "
@@ -2226,7 +2230,7 @@ def setting(default, help: str, low: float | None = None, high: float = math.inf
         default: its default.
         help: its text in --help.
         low, high: its bounds.
-        free: whether it may change when a run is resumed.
+        free: whether it is left out of `identity`.
         choices: the names that it can have."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, free=free,
                                                 choices=choices))
