@@ -7,7 +7,7 @@ find two random views of a face alike. In fine-grained facial feature learning (
 the backbone's channels decide which patches of a face a masked autoencoder gets to see.
 Distillation exchanges what both have learnt (Section 3.3). Afterwards only the backbone is kept.
 Read this file from the top with the paper beside it. Section numbers, equations and letters are the
-paper's.
+paper's, but for L_g: here it is Eq. 2 divided by c′.
 
     python simfle.py                                               the demo, on a laptop
     python simfle.py --data affectnet                              one GPU
@@ -46,7 +46,7 @@ Letters
     C_i, D, N_g   channel i after grouping; the cosine of two channels; the number of groups
     a_i, γ        the score of patch i; the share of the N_p patches that is masked
     N_m           the number of masked patches
-    e_i, κ        (ours) the reconstruction error of patch i; the refinement's strength per channel
+    e_i, κ        (ours) the reconstruction error of patch i; κ c′ is the refinement's weight
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
 
@@ -395,13 +395,15 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     Each of 2,048 channels has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
     pairs alike. With three seeds on the demo's toy faces, mean D² between groups falls from 0.15 to
     0.06, 0.07 and 0.07. Within groups it rises from 0.15 to 0.61, 0.40 and 0.37. (A small ResNet of
-    256 channels in 32 groups, 500 steps; on the command line it is --preset laptop.)
+    256 channels in 32 groups: --preset laptop --steps 500.)
+
+    Departure 2: the division by c′. So one β serves nets with more and with fewer channels.
 
     Args:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
         groups: N_g; divides c′.
     Returns:
-        L_g: scalar, Eq. 2 divided by c′ (departure 2), mean over the batch.
+        L_g: scalar, Eq. 2 divided by c′, mean over the batch.
         D2_between: scalar without gradient, mean D² over the batch's pairs of channels in
             different groups. Channels that are 0 everywhere on an image do not count there.
         D2_within: the same of two different channels in one group.
@@ -534,8 +536,8 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
     standardising couples the scores.
 
     Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
-    They do, by +0.56, +0.77, +0.76 on toy faces and by +0.37, +0.69, +0.44 on photographs (preset
-    laptop, 500 steps, seeds 0 to 2, `FaceMAE`'s κ). What the term does to accuracy has not been
+    They do, by +0.56, +0.77, +0.76 on toy faces and by +0.37, +0.69, +0.44 on photographs (--preset
+    laptop --steps 500, seeds 0 to 2). What the term does to accuracy has not been
     measured.
 
     Args:
@@ -706,8 +708,8 @@ class FaceMAE(nn.Module):
         channels: c′ of the backbone.
         groups: N_g.
         ratio: γ, the share of the patches that is masked.
-        kappa: κ, the strength of the refinement per channel; with 0 L_r does not train the
-            masking, as in the authors' code.
+        kappa: κ; the refinement's weight is κ times the number of channels c′. With 0 L_r does not
+            train the masking, as in the authors' code.
         image_size, patch: pixels a side of I and of a patch.
         autoencoder: further arguments of `MaskedAutoencoder`.
     Forward:
@@ -741,9 +743,9 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        # L_g and the refinement both train the grouping layer, and neither may drown the other.
-        # Relative to the refinement's, L_g's gradient grows with c′ where a group's channels agree.
-        # Multiplying the refinement by c′ makes up for that.
+        # L_g and the refinement both train the grouping layer, and neither may drown the other. Why
+        # c′: scores are sums over c′/N_g channels, standardised. So the share of one channel in
+        # them, and its gradient, shrink with c′, while L_g's do not.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -766,7 +768,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
     The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
     distributions; with t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
-    nothing: the three gradients with respect to z̄ add up to zero, as z̄ is the mean.
+    nothing: the z_i average to z̄, so their log-softmaxes add up to that of z̄ but for a constant,
+    and no gradient is left for z̄.
 
     Args:
         zs: z_m, z_v1, z_v2, (B, 256) each.
@@ -1038,7 +1041,7 @@ def find_pictures(folder: Path) -> list[str]:
 
 
 def read_picture(path: str) -> Tensor:
-    """Decodes a picture of any mode, upright, to RGB, (3, H, W) uint8. (Departure 12)
+    """Decodes any picture that Pillow reads, upright, to RGB, (3, H, W) uint8. (Departure 12)
 
     In deep and floating-point grey, white is the next of 1, 255, 4,095 and 65,535 above the largest
     value."""
@@ -1272,13 +1275,13 @@ def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
         x = x / 255
         x = torch.where(happens(0.5), x.flip(3), x)
         jittered = x
-        for i in torch.randperm(4).tolist():  # departure 9: one order for the batch
+        for i in torch.randperm(4).tolist():  # departure 9: one order, for all at once
             strength = uniform(-0.2, 0.2) if ADJUST[i] is adjust_hue else uniform(0.2, 1.8)
             jittered = ADJUST[i](jittered, strength)
         x = torch.where(happens(0.8), jittered, x)
         x = torch.where(happens(0.2), grey(x), x)
-        # Departure 4: blur with probability ½. At 224 pixels SimCLR's sigma of 0.1 to 2 and 23
-        # taps; at other sizes the same shares of the picture.
+        # Departure 4: blur with probability ½, as in SimCLR. (Authors: always.) At 224 pixels
+        # SimCLR's sigma of 0.1 to 2 and 23 taps; at other sizes the same shares of the picture.
         size = x.shape[3]
         sigma = torch.where(happens(0.5), uniform(0.1, 2.0) * size / 224, 0.0).flatten()
         return normalise(gaussian_blur(x, sigma, kernel=size // 10 | 1), colours)
@@ -1677,7 +1680,7 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
     Args:
         step: the forward pass. It takes a batch on the device and returns a dict of tensors: the
             scalar `loss`, with gradient; other scalars; vectors. Logged are a step's own scalars,
-            and the vectors' sums over ranks and steps since the last line.
+            and the vectors' sums over ranks and steps since the last line, or since resuming.
         save: writes the checkpoint; takes the number of steps done.
         shown: which scalars the status line shows.
     Raises:
@@ -1721,7 +1724,7 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
             save(done)
         if stop:
             if world.size > 1:
-                dist.barrier()  # torchrun kills rank 0 once another has ended: not while it saves
+                dist.barrier()  # for rank 0's save: once one process ends, torchrun kills the rest
             raise UserError(f"stopped after step {done:,} of {last:,}; the same command (without "
                             f"--fresh) resumes from there.", code=143)
 
@@ -1757,11 +1760,13 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
         path: of the checkpoint.
         partial, weights: see `Batches`.
         cosine: the learning rate falls towards 0 on a cosine; else it is constant.
-        more: see `identity`.
+        more: see `identity`, which says what must be equal to resume. Learning rate, weight decay
+            and length may change, and the number of ranks where the real batch stays the same.
     Raises:
         UserError: the batch is larger than the data or too small; see also `load_checkpoint`."""
     data = find_data(s.data)
-    # Departure 10: ⌊256/W⌋ images for each of W ranks; on three ranks a step has 255 in all.
+    # Departure 10: ⌊256/W⌋ images for each of W ranks, so that all have equal shares. On three
+    # ranks a step has 255 in all.
     share = min(s.batch_size, len(faces) if partial else s.batch_size) // world.size
     batch = share * world.size
     if share < 2 or batch > len(faces):
@@ -1770,7 +1775,7 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     batches = Batches(len(faces), batch, s.seed, world, partial, weights)
     batches.last = s.steps or s.epochs * batches.per_epoch
 
-    def learning_rate(i: int) -> float:  # departure 5: the cosine by steps, not by epochs
+    def learning_rate(i: int) -> float:  # departure 5: by steps, since --steps has no epochs
         factor = 0.5 * (1 + math.cos(math.pi * i / batches.last)) if cosine else 1.0
         return s.lr * batch / 256 * factor  # ours: in proportion to the batch
 
@@ -1778,8 +1783,9 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum,
                                 weight_decay=s.weight_decay, fused=True)
+    # SGD would make these in its first step. `load_checkpoint` has to fill them before that.
     momenta = [torch.zeros_like(p) for p in parameters]
-    for p, momentum in zip(parameters, momenta):  # else SGD makes them later, after the checkpoint
+    for p, momentum in zip(parameters, momenta):
         optimizer.state[p]["momentum_buffer"] = momentum
     t = Training(path, identity(s, world, data, faces.paths, batch, **more), model,
                  in_parallel(world, trained), optimizer, momenta, faces, batches, learning_rate)
