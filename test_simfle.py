@@ -3560,11 +3560,10 @@ def test_ferplus_takes_the_majority_and_finds_names_by_row(kind, tmp_path):
 def test_ferplus_sources_that_do_not_belong_together_get_a_sentence(tmp_path):
     src = ferplus(tmp_path / "src", "fer2013.csv")
     lines = (src / "kaggle/fer2013.csv").read_text().splitlines()
-    for change, words in ((lines[:-1], "14 rows"), (lines + lines[-1:], "row 16"),
-                          ([lines[0]] + lines[:0:-1], "row 1 of")):
+    for change in (lines[:-1], lines + lines[-1:], [lines[0]] + lines[:0:-1]):
         text(src / "kaggle/fer2013.csv", "\n".join(change))
         done = prepared("ferplus", "--src", src, "--out", tmp_path / "out")
-        assert done.returncode == 2 and words in done.stderr, done.stderr
+        assert done.returncode == 2 and "not have the same rows" in done.stderr, done.stderr
     (src / "kaggle/fer2013.csv").unlink()
     put(src / "kaggle/train/angry/Training_3908.jpg")
     done = prepared("ferplus", "--src", src, "--out", tmp_path / "out")

@@ -14,8 +14,7 @@ DOWNLOAD is a folder in which the unpacked archives lie, at any depth. What come
 All datasets have one naming of classes, so a classifier moves between them. Pictures are encoded
 anew only where they must be cropped, drawn or shrunk. The others are hard links, or copies where
 links do not work. Stopped at any moment, the same command resumes: a picture is written whole or
-not at all, and none is made twice. data/README.md says where to get each dataset and what its
-archives look like.
+not at all, and none is made twice. data/README.md says where to get each dataset.
 
 Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfle.py or torch.
 """
@@ -23,7 +22,6 @@ Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfl
 import argparse
 import contextlib
 import csv
-import filecmp
 import hashlib
 import io
 import json
@@ -38,7 +36,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 try:
     import fcntl
@@ -87,10 +85,8 @@ class Tree:
 
     Attributes:
         folders: path -> the names of its files, sorted, as keys and values: quick to find, and
-            whoever looks one up shares the text. Each folder once, by whatever links it is reached.
+            each text is there once. A folder that is reached twice, by links, is listed once.
         called: a folder's name -> the paths of all folders of that name.
-    Raises:
-        Problem: it is no folder, or was itself made by this program.
     """
 
     def __init__(self, src: Path):
@@ -100,7 +96,7 @@ class Tree:
         if (src / JOURNAL).exists():
             raise Problem(f"{src} was made by prepare.py; give --src the folder with the download.")
 
-        def unreadable(error: OSError):
+        def unreadable(error: OSError):  # os.walk would pass over it without a word
             raise error
 
         for parent, folders, names in os.walk(src, followlinks=True, onerror=unreadable):
@@ -120,10 +116,7 @@ class Tree:
         return [n.lower() for n in reversed(names)]
 
     def one(self, *wanted: str, beside: str = "") -> Path | None:
-        """The file of such a name, in any case; with `beside`, only in folders of that name.
-
-        Copies of it count as one. Raises Problem where two differ.
-        """
+        """The file of such a name, in any case; copies count as one. Raises Problem."""
         found = [folder / n for folder, names in self.folders.items() for n in names
                  if n.lower() in wanted and beside.lower() in ("", folder.name.lower())]
         for other in found[1:]:
@@ -149,21 +142,18 @@ class Tree:
                     commands.append(command.format(shlex.quote(str(folder / n)),
                                                    shlex.quote(str(folder))))
         more = f"; and {len(commands) - 6} more" if len(commands) > 6 else ""
-        text = f"there are archives; if still packed: {'; '.join(commands[:6])}{more}"
-        return text if commands else ""
+        return commands and f"if still packed: {'; '.join(commands[:6])}{more}; " or ""
 
     def missing(self, wanted: str) -> Problem:
         """The sentence for a download without `wanted`: what is there instead, what to do."""
         top = [f"{f.relative_to(self.src)}/" for f in self.folders if f.parent == self.src]
         top += self.folders[self.src]
         more = f" and {len(top) - 8} more" if len(top) > 8 else ""
-        parts = [f"{self.src} was searched for {wanted} and has none",
-                 f"what is there is {', '.join(top[:8])}{more}" if top else "it is empty",
-                 self.packed(),
-                 "if that is all, it is no distribution of the owners, which data/README.md tells "
-                 "where to get, but `python simfle.py --data FOLDER` takes any FOLDER that has "
-                 "train/CLASS and val/CLASS"]
-        return Problem("; ".join(filter(None, parts)) + ".")
+        there = f"what is there is {', '.join(top[:8])}{more}" if top else "it is empty"
+        return Problem(f"{self.src} was searched for {wanted} and has none; {there}; "
+                       f"{self.packed()}if that is all, it is no distribution of the owners: "
+                       f"data/README.md says where those are, and `python simfle.py --data FOLDER` "
+                       f"takes any FOLDER that has train/CLASS and val/CLASS.")
 
 
 def is_picture(name: str) -> bool:
@@ -182,8 +172,8 @@ class Picture:
     file: str
     box: tuple[int, int, int, int] | None  # left, top, right, bottom; None: all of it
     grey: bytes | None  # 48 × 48
-    record: list | None = None  # the journal's, of an earlier run
-    made: bool = False
+    known: bool = False  # an earlier run has made it
+    made: bool = False  # and it is still good
 
     @property
     def place(self) -> str:
@@ -197,12 +187,8 @@ class Picture:
             source = self.folder / self.file
             return f"{source.relative_to(src)} {source.stat().st_size} {self.box}"
 
-    def same(self, other) -> bool:
-        """Whether both are made from one source, or from two with the same content."""
-        if self.grey or other.grey or self.box != other.box:
-            return self.grey == other.grey and self.box == other.box
-        one, two = self.folder / self.file, other.folder / other.file
-        return one == two or filecmp.cmp(one, two, shallow=False)
+    def content(self) -> bytes:
+        return self.grey or (self.folder / self.file).read_bytes()
 
 
 class Plan:
@@ -226,17 +212,13 @@ class Plan:
 
     def add(self, split: str, label: int | None, folder: Path | None, file: str,
             box: tuple[int, int, int, int] | None = None, grey: bytes | None = None) -> None:
-        """Takes one in. Another picture of the same name in a class gets a number behind it.
-
-        Raises:
-            Skip: it has no label of the eight; or it, or a copy of it, has been taken in already.
-        """
+        """Takes one in; another of the same name in its class gets a number. Raises Skip."""
         if label not in range(8):
             raise Skip("no label" if label is None else "labelled none, uncertain or no face")
         name = file if is_picture(file) else os.path.splitext(file)[0] + ".jpg"
         new, number = Picture(split, label, name, folder, file, box, grey), 1
         while (key := new.place.lower()) in self.pictures:
-            if new.same(self.pictures[key]):
+            if new.box == self.pictures[key].box and new.content() == self.pictures[key].content():
                 raise Skip("repeated")
             number += 1
             new.name = f"-{number}".join(os.path.splitext(name))
@@ -244,7 +226,6 @@ class Plan:
 
 
 def integer(value) -> int | None:
-    """A whole number as text or of any type; None for all else."""
     try:
         return int(value) if int(value) == float(value) else None
     except (TypeError, ValueError, OverflowError):
@@ -258,8 +239,6 @@ def read_rows(path: Path, columns: tuple[str, ...], number: int):
         columns: in their usual order, for files without a header; "" is one that nobody needs.
         number: the column that holds an integer in every row. A first row without one is a header,
             in which blanks, case and a leading # do not count.
-    Raises:
-        Problem: it is no CSV file, or has other columns.
     """
     wanted = {c.lower(): c for c in columns if c}
     try:
@@ -282,9 +261,6 @@ def read_rows(path: Path, columns: tuple[str, ...], number: int):
 
 # ===== AffectNet =====
 
-AFFECTNET_COLUMNS = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "",
-                     "expression")
-
 
 def affectnet(tree: Tree, plan: Plan) -> str:
     """Whichever of the three distributions is there. Returns its name. Raises Problem."""
@@ -301,7 +277,7 @@ def affectnet(tree: Tree, plan: Plan) -> str:
         affectnet_lists(tree, plan, *lists)
         return "AffectNet, CSV lists"
     if npy:
-        affectnet_files(tree, plan, npy, "_exp.npy", npy_label())
+        affectnet_files(tree, plan, npy, "_exp.npy", npy_value)
         return "AffectNet, npy files"
     if plus:
         affectnet_files(tree, plan, plus, ".json",
@@ -313,13 +289,14 @@ def affectnet(tree: Tree, plan: Plan) -> str:
 
 def affectnet_lists(tree: Tree, plan: Plan, training: Path, validation: Path) -> None:
     """The original distribution: CSV lists, whole photographs, and a box for each face."""
+    columns = ("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "",
+               "expression")
     for split, path in (("train", training), ("val", validation)):
-        for row in read_rows(path, AFFECTNET_COLUMNS, number=6):
-            label = integer(row["expression"])
-            place = PurePosixPath(row["subDirectory_filePath"].lstrip("# ").replace("\\", "/"))
-            x, y, w, h = (integer(row[c]) for c in AFFECTNET_COLUMNS[1:5])
+        for row in read_rows(path, columns, number=6):
+            label, place = integer(row["expression"]), row[columns[0]].lstrip("# ")
+            x, y, w, h = (integer(row[c]) for c in columns[1:5])
             with plan.counting(split, label):
-                source = tree.find(place.parent.name, place.name)
+                source = tree.find(*["", *re.split(r"[/\\]", place)][-2:])
                 if None in (x, y, w, h):
                     raise Skip("box is no integer")
                 if w <= 0 or h <= 0:
@@ -327,14 +304,9 @@ def affectnet_lists(tree: Tree, plan: Plan, training: Path, validation: Path) ->
                 plan.add(split, label, *source, box=(x, y, x + w, y + h))
 
 
-def npy_label():
-    """A function from a .npy file to the one value in it. Raises Problem where numpy is missing."""
-    try:
-        import numpy
-    except ImportError:
-        raise Problem("AffectNet's .npy labels need numpy, which is missing; install it with "
-                      "`pip install numpy`.") from None
-    return lambda path: numpy.load(path, allow_pickle=False).reshape(()).astype(float).item()
+def npy_value(path: Path) -> float:
+    import numpy
+    return numpy.load(path, allow_pickle=False).reshape(()).astype(float).item()
 
 
 def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str, label_of) -> None:
@@ -354,6 +326,9 @@ def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str, la
         for n in progress(labels, len(labels), f"{split} labels"):
             try:
                 label = integer(label_of(folder / n))
+            except ImportError:
+                raise Problem("AffectNet's .npy labels need numpy, which is missing; install it "
+                              "with `pip install numpy`.") from None
             except Exception:  # numpy and json raise many kinds for broken files
                 label = None
             with plan.counting(split, label):
@@ -377,11 +352,8 @@ def rafdb(tree: Tree, plan: Plan) -> str:
     if None in lists:
         raise tree.missing("RAF-DB's basic/EmoLabel/list_patition_label.txt, or Kaggle's "
                            "train_labels.csv and test_labels.csv")
-    aligned = {}
-    for folder, names in tree.folders.items():
-        for n in names:
-            if "_aligned." in n:
-                aligned.setdefault(n.rsplit("_aligned", 1)[0], (folder, n))
+    aligned = {n.rsplit("_aligned", 1)[0]: (folder, n) for folder, names in tree.folders.items()
+               for n in names if "_aligned." in n}
     if not aligned:
         raise tree.missing("RAF-DB's aligned faces, train_00001_aligned.jpg and so on (its "
                            "`original` photographs do not do)")
@@ -473,35 +445,29 @@ def ferplus_rows(tree: Tree, plan: Plan, pixels: Path) -> dict[tuple[str, str], 
     path = tree.one("fer2013new.csv")
     if path is None:
         raise tree.missing("FERPlus's fer2013new.csv, which tells the pixels' names")
-    order = (("emotion", "Usage", "pixels") if pixels.name.lower().startswith("icml")
-             else ("emotion", "pixels", "Usage"))
+    apart = Problem(f"{pixels} and {path} do not have the same rows, so they do not belong "
+                    f"together; download both again.")
     names = [(row["Usage"], row["Image name"])
              for row in read_rows(path, ("Usage", "Image name", "neutral"), number=2)]
-    nearest = {}
+    nearest, found = {}, {}
     for i, (_, name) in enumerate(names):
         number = integer(name[3:10])
         if number is not None and abs(i - number) < abs(nearest.get(name, 10**9) - number):
             nearest[name] = i
-    found, i = {}, -1
-    for i, row in enumerate(progress(read_rows(pixels, order, number=0), len(names), "rows")):
-        usage, name = names[i] if i < len(names) else (None, None)
-        if row["Usage"] != usage:
-            raise Problem(f"row {i + 1} of {pixels} is {row['Usage']}, but {usage} in {path}: "
-                          f"these two do not belong together; download both again.")
-        split = FERPLUS_USAGES.get(usage)
-        with plan.counting(split):
+    rows = read_rows(pixels, ("emotion", "pixels", "Usage"), number=0)
+    for i, (usage, name) in enumerate(progress(names, len(names), "rows")):
+        row = next(rows, {})
+        if row.get("Usage") != usage:
+            raise apart
+        with plan.counting(FERPLUS_USAGES.get(usage)):
             if nearest.get(name) != i:
                 raise Skip("repeated name" if name else "row without a name")
-            try:
-                found[split, name] = bytes(map(int, row["pixels"].split()))
-            except ValueError:
-                found[split, name] = b""
-            if len(found[split, name]) != 48 * 48:
-                del found[split, name]
+            grey = [integer(number) for number in row["pixels"].split()]
+            if len(grey) != 48 * 48 or not set(grey) <= set(range(256)):
                 raise Skip("pixels are not 48 × 48 numbers")
-    if i + 1 != len(names):
-        raise Problem(f"{pixels} has {i + 1:,} rows and {path} {len(names):,}: these two do not "
-                      f"belong together; download both again.")
+            found[FERPLUS_USAGES.get(usage), name] = bytes(grey)
+    if next(rows, None):
+        raise apart
     return found
 
 
@@ -531,7 +497,7 @@ def sfew(tree: Tree, plan: Plan) -> str:
 def muxspace(tree: Tree, plan: Plan) -> str:
     """legend.csv and images/ of a public repository. Returns its name. Raises Problem.
 
-    It has no splits; these are ours. Fear and contempt are left out: 21 and 9 pictures are too few.
+    Ours: the splits, and that fear and contempt are left out, as 21 and 9 pictures are too few.
     """
     path = tree.one("legend.csv")
     if path is None:
@@ -584,18 +550,16 @@ DATASETS = {"affectnet": affectnet, "rafdb": rafdb, "ferplus": ferplus, "sfew": 
 def progress(items, total: int, what: str):
     """Passes items on, and tells how many, how fast, and how much longer."""
     terminal, start = sys.stdout.isatty(), time.perf_counter()
-    last, count = start, 0
+    last = start
     for count, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if now - last >= (0.5 if terminal else 5.0) or count == total:
             last, rate = now, count / max(now - start, 1e-9)
             left = round((total - count) / rate)
-            print(("\r\033[K" if terminal else "") + f"{what} {count:,}/{total:,}  {rate:,.0f}/s  "
-                  f"left {left // 3600}:{left // 60 % 60:02}:{left % 60:02}",
-                  end="" if terminal else "\n", flush=True)
-    if terminal and count:
-        print()
+            print(f"{what} {count:,}/{total:,}  {rate:,.0f}/s  left {left // 3600}:"
+                  f"{left // 60 % 60:02}:{left % 60:02}   ",
+                  end="\r" if terminal and count < total else "\n", flush=True)
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
@@ -611,45 +575,36 @@ def moments(picture: Image.Image) -> list[float]:
 
 
 def make(picture: Picture, src: Path, target: Path, size: int) -> list:
-    """Makes one picture, if it is not there.
-
-    Args:
-        size: the short side at most, in pixels; 0 keeps all.
-    Returns:
-        its record for the journal: origin, size in bytes, six moments.
-    Raises:
-        Skip: it cannot be made.
-        Problem: writing fails.
-    """
-    origin, source, content = picture.origin(src), picture.folder and picture.folder / picture.file, None
+    """Makes one picture, if it is not there. Returns its record for the journal. Raises Skip."""
+    origin, content = picture.origin(src), None
+    source = picture.folder / picture.file if picture.folder else None
     if target.exists():  # of a run that was killed before it could note it
         with contextlib.suppress(Exception), Image.open(target) as there:
             return [origin, target.stat().st_size, *moments(there)]
         target.unlink()  # damaged
     try:
-        with Image.open(source) if source else Image.frombytes("L", (48, 48), picture.grey) as whole:
+        with (Image.open(source) if source
+              else Image.frombytes("L", (48, 48), picture.grey)) as whole:
             whole.load()
             cut = cropped(whole, picture.box, size)
             if cut is whole and source:
                 result = moments(whole)
             else:
-                content = encoded(as_rgb(cut), target)
+                content, kind = io.BytesIO(), Image.registered_extensions()[target.suffix.lower()]
+                how = dict(quality=95, subsampling=0) if kind == "JPEG" else {}
+                as_rgb(cut).save(content, kind, **how)
                 with Image.open(content) as there:  # measured as it will be read
                     result = moments(there)
     except Exception as error:  # Pillow raises many kinds for broken files
         if isinstance(error, Skip):
             raise
         raise Skip("cannot be read" if getattr(error, "errno", None) else "cannot be decoded")
-    try:
-        write(target, source, content)
-        return [origin, target.stat().st_size, *result]
-    except OSError as error:
-        raise Problem(f"{target} could not be written ({error}); make room or mend the disk, and "
-                      f"start the same command again: it resumes.") from None
+    write(target, source, content)
+    return [origin, target.stat().st_size, *result]
 
 
 def cropped(whole: Image.Image, box: tuple | None, size: int) -> Image.Image:
-    """A picture's box, clamped to it, then shrunk; itself where that changes nothing. Raises Skip."""
+    """A picture's box, clamped to it and shrunk; itself if that changes nothing. Raises Skip."""
     left, top, right, bottom = box or (0, 0, *whole.size)
     box = (max(left, 0), max(top, 0), min(right, whole.width), min(bottom, whole.height))
     w, h = box[2] - box[0], box[3] - box[1]
@@ -662,19 +617,8 @@ def cropped(whole: Image.Image, box: tuple | None, size: int) -> Image.Image:
     return as_rgb(whole).crop(box).resize(small, Image.Resampling.LANCZOS)
 
 
-def encoded(picture: Image.Image, target: Path) -> io.BytesIO:
-    """The picture as a file in memory, in the format of target's extension."""
-    content = io.BytesIO()
-    kind = Image.registered_extensions()[target.suffix.lower()]
-    picture.save(content, kind, **(dict(quality=95, subsampling=0) if kind == "JPEG" else {}))
-    return content
-
-
 def write(target: Path, source: Path | None, content: io.BytesIO | None) -> None:
-    """Puts the content, or a link to the source, or a copy of it, at target: whole or not at all.
-
-    Raises OSError.
-    """
+    """Puts content at target, or else a link to the source or a copy: whole or not at all."""
     if content is None:
         with contextlib.suppress(OSError):  # another disk, or one without links
             return os.link(os.path.realpath(source), target)
@@ -691,45 +635,34 @@ def write(target: Path, source: Path | None, content: io.BytesIO | None) -> None
 
 
 class Journal:
-    """What each picture was made from, its size in bytes and its moments.
+    """A record of each picture, so that none is made twice: origin, size in bytes, six moments.
 
-    A line of JSON each, in a hidden file beside the pictures, so that none is made or measured
-    twice. The first line tells of what the folder was made.
+    A line of JSON each, in a hidden file. The first line tells of what the folder was made.
 
     Attributes:
-        kept: place -> record of pictures that this download no longer has.
+        lines: what earlier runs have left.
+        others: place -> whether it is good, of pictures that this download no longer has.
         totals: (split, class) -> how many there are and the sums of their six moments, in units of
             10^-12: integers, as the order in which they come must not change the last digit.
-    Raises:
-        Problem: the folder was made of something else, or another process is at work there.
     """
 
-    def __init__(self, out: Path, origin: dict, plan: Plan):
-        self.kept, self.totals = {}, defaultdict(lambda: [0] * 7)
+    def __init__(self, out: Path, origin: dict):
+        self.others, self.totals = {}, defaultdict(lambda: [0] * 7)
         self.file = open(out / JOURNAL, "a+", encoding="utf-8", buffering=1)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
         except OSError:
             raise Problem(f"another process prepares {out}; let it end.") from None
         self.file.seek(0)
-        first, now = self.file.readline(), json.dumps(origin) + "\n"
-        if first in ("", now[:len(first)]) and not first.endswith("\n"):
-            first = "" if any((out / split).exists() for split in SPLITS) else now
-            self.file.truncate(0)
-            self.file.write(first)
-            os.fsync(self.file.fileno())  # before the first picture, which tells no --size
-        if first != now:
-            raise Problem(f"{out} was prepared from something else ({first.strip() or 'unknown'}; "
-                          f"now {now.strip()}); remove that folder, or write to another with "
-                          f"--out.")
-        for line in self.file:
-            with contextlib.suppress(ValueError):  # empty, or cut off when a run was killed
-                place, *record = json.loads(line)
-                if picture := plan.pictures.get(place.lower()):
-                    picture.record = record
-                else:
-                    self.kept[place] = record
-        self.file.write("\n")
+        now, (was, *self.lines) = json.dumps(origin) + "\n", self.file.readlines() or [""]
+        if not was.endswith("\n") and not any((out / split).exists() for split in SPLITS):
+            self.file.truncate(0)  # new, or killed in the midst of this line
+            self.file.write(was := now)
+            os.fsync(self.file.fileno())  # a picture on the disk without it could be of any --size
+        if was != now:
+            raise Problem(f"{out} was prepared from something else ({was.strip() or 'unknown'}; now "
+                          f"{now.strip()}); remove that folder, or write to another with --out.")
+        self.file.write("\n")  # the last line may have been cut off
 
     def count(self, place: str, record: list) -> None:
         """Adds a picture that is there to the totals."""
@@ -745,36 +678,40 @@ class Journal:
 
 
 def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
-    """Goes through what lies there: counts what is good, removes what is not, warns of the rest.
-
-    Good is what was made from this very source and still has the size it had then.
-    """
-    kept, journal.kept, foreign = journal.kept, {}, 0
+    """Counts what earlier runs have made of these very sources, and removes what is damaged."""
+    lines, journal.lines = journal.lines, None
+    for line in progress(reversed(lines), len(lines), "checked"):  # the last word counts
+        try:
+            place, *record = json.loads(line)
+        except ValueError:  # empty, or cut off
+            continue
+        picture, path = plan.pictures.get(place.lower()), out / place
+        if picture.known if picture else place in journal.others:
+            continue
+        good = path.exists() and path.stat().st_size == record[1]
+        if picture:
+            picture.known = True
+            picture.made = good = good and picture.origin(src) in (None, record[0])
+            if not good:
+                path.unlink(missing_ok=True)
+        else:
+            journal.others[place] = good
+        if good:
+            journal.count(place, record)
+    foreign = 0
     for path in (path for split in SPLITS for path in (out / split).glob("*/*")):
         place = path.relative_to(out).as_posix()
-        picture = plan.pictures.get(place.lower())
-        record = picture.record if picture else kept.get(place)
-        good = record and record[1] == path.stat().st_size
-        if path.name.startswith("."):
-            if path.name.endswith(".part"):  # of a run that was killed
-                path.unlink()
-        elif picture is None:
-            foreign += not good
-            if good:
-                journal.kept[place] = record
-                journal.count(place, record)
-        elif good and picture.origin(src) in (None, record[0]):
-            picture.made = True
-            journal.count(place, record)
-        elif record:
+        if path.match(".*.part"):  # of a run that was killed
             path.unlink()
+        elif place.lower() not in plan.pictures and not journal.others.get(place):
+            foreign += not path.name.startswith(".")
     if foreign:
         print(f"{foreign:,} files lie in {out} that are not of this download; training would read "
               f"them: look at them, and remove what you do not know.")
 
 
 def make_all(plan: Plan, journal: Journal, src: Path, out: Path, size: int, workers: int) -> None:
-    """Makes what is not there, on all cores; what cannot be made is skipped. Raises Problem."""
+    """Makes what is not there, on all cores; what cannot be made is skipped."""
     check(plan, journal, src, out)
     todo = [p for p in plan.pictures.values() if not p.made]
     if len(todo) < len(plan.pictures):
@@ -812,8 +749,7 @@ def report(name: str, source: str, plan: Plan, journal: Journal, out: Path) -> N
     counts = {s: {c: totals[s, c][0] for c in classes} for s in splits}
     for split in ("train", "val"):
         if not any(counts[split].values()):
-            raise Problem(f"no picture of {name}, {split}, could be made "
-                          f"({reasons(plan, split)}).")
+            raise Problem(f"no picture of {name}/{split} could be made ({reasons(plan, split)}).")
     sums = [sum(totals["train", c][i] for c in classes) for i in range(7)]
     mean, square = ([v / sums[0] / 10**12 for v in sums[k:k + 3]] for k in (1, 4))
     std = [max(q - x * x, 0) ** 0.5 for x, q in zip(mean, square)]
@@ -833,7 +769,7 @@ def report(name: str, source: str, plan: Plan, journal: Journal, out: Path) -> N
                        reasons(plan, split, CLASSES.index(c))))
         print(line("total", sum(found[split, c] for c in classes), sum(counts[split].values()),
                    sum(of_paper.values()) or None, reasons(plan, split, None)))
-    kept = sum(place.split("/")[1] in classes for place in journal.kept)
+    kept = sum(good and place.split("/")[1] in classes for place, good in journal.others.items())
     print(f"\n{kept:,} of these were made before, of files that this download no longer has."
           if kept else "")
     if besides := reasons(plan, ""):
@@ -841,9 +777,6 @@ def report(name: str, source: str, plan: Plan, journal: Journal, out: Path) -> N
     if any(2 * sum(counts[s].values()) < sum(paper[s]) for s in paper):
         print("Less than half of the paper's pictures: this is a part of the dataset, or one of "
               "the reduced copies that circulate under its name.")
-    if source == "AffectNet, npy files" and counts["val"].get(CLASSES[7]) == 499:
-        print("This distribution of AffectNet has 499 pictures of contempt to test on; the paper's "
-              "500 are those of the CSV lists.")
     if name == "muxspace":
         print("Its classes differ much in size: report the mean over the classes too.")
 
@@ -859,12 +792,12 @@ def reasons(plan: Plan, split: str, *label: int | None) -> str:
 
 def line(name: str, found: int, written: int, paper: int | None, skipped: str) -> str:
     """A row of the table."""
+    more = "fewer" if written < (paper or 0) else "more"
     verdict = ("not in the paper" if paper is None else "as in the paper" if written == paper
-               else f"{abs(written - paper):,} {'fewer' if written < paper else 'more'} than the "
-               f"paper")
+               else f"{abs(written - paper):,} {more} than the paper")
     number = "-" if paper is None else f"{paper:,}"
-    return (f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}"
-            + (f"; {skipped}" if skipped else ""))
+    return "; ".join(filter(None, (
+        f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}", skipped)))
 
 
 def link_seven(out: Path) -> Path:
@@ -899,23 +832,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write [data/NAME]")
     parser.add_argument("--size", type=int, default=256,
                         help="short side of a picture at most, in pixels; 0 keeps all [256]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1,
-                        help="threads [as many as cores]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads [all cores]")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # Pillow's, on odd pictures
     sys.stdout.reconfigure(errors="replace")
     out = Path(os.path.abspath(args.out or Path(__file__).resolve().parent / args.name))
     try:
         prepare(args.name, args.src, out, args.size, args.workers)
-    except Problem as problem:
-        print(f"\nprepare: {problem}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # nobody reads what is printed any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        print(f"\nprepare: {error}; mend that and start the same command again: it resumes.",
-              file=sys.stderr)
+    except (Problem, OSError) as error:
+        resume = "" if isinstance(error, Problem) else (
+            f" (writing to {out}); make room or mend it, and give the same command: it resumes.")
+        print(f"\nprepare: {error}{resume}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nprepare: stopped; the same command resumes here.", file=sys.stderr)
@@ -936,7 +866,7 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
         if not any(p.split == split for p in plan.pictures.values()):
             raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
     out.mkdir(parents=True, exist_ok=True)
-    journal = Journal(out, dict(dataset=name, source=source, size=size), plan)
+    journal = Journal(out, dict(dataset=name, source=source, size=size))
     try:
         make_all(plan, journal, src, out, size, workers)
     finally:
@@ -946,7 +876,7 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     if name == "affectnet":
         report("affectnet7", source, plan, journal, link_seven(out))
     if tree.packed() and any("missing" in reason for _, _, reason in plan.skipped):
-        print(f"Files are missing, and {tree.packed()}.")
+        print(f"Files are missing; {tree.packed()[:-2]}.")
 
 
 if __name__ == "__main__":
