@@ -1,11 +1,8 @@
 """Turns a dataset as its owners ship it into folders that train.
 
     python data/prepare.py affectnet --src DOWNLOAD [--out data/affectnet] [--size 256]
-    python data/prepare.py rafdb     --src DOWNLOAD
-    python data/prepare.py ferplus   --src DOWNLOAD
-    python data/prepare.py sfew      --src DOWNLOAD
-    python data/prepare.py muxspace  --src DOWNLOAD     (public, without a form; not in the paper)
 
+and so rafdb, ferplus, sfew, and muxspace, which is public but not in the paper.
 DOWNLOAD is a folder in which the unpacked archives lie, at any depth. What comes out is
 
     data/NAME/{train,val}/{0_neutral,1_happiness,...}/PICTURE    val is what the paper tests on
@@ -22,7 +19,6 @@ Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfl
 import argparse
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
@@ -98,7 +94,6 @@ class Tree:
 
         def unreadable(error: OSError):  # os.walk would pass over it without a word
             raise error
-
         for parent, folders, names in os.walk(src, followlinks=True, onerror=unreadable):
             place = os.stat(parent)
             if (place.st_dev, place.st_ino) in seen or JOURNAL in names:
@@ -157,7 +152,6 @@ class Tree:
 
 
 def is_picture(name: str) -> bool:
-    """Whether Pillow knows the extension."""
     return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
 
@@ -237,8 +231,7 @@ def read_rows(path: Path, columns: tuple[str, ...], number: int):
 
     Args:
         columns: in their usual order, for files without a header; "" is one that nobody needs.
-        number: the column that holds an integer in every row. A first row without one is a header,
-            in which blanks, case and a leading # do not count.
+        number: a column of integers; a first row without one is a header, of any case and blanks.
     """
     wanted = {c.lower(): c for c in columns if c}
     try:
@@ -269,22 +262,19 @@ def affectnet(tree: Tree, plan: Plan) -> str:
     npy = [f for f in tree.folders if any(n.endswith("_exp.npy") for n in tree.folders[f])]
     lists = [tree.one("training.csv"), tree.one("validation.csv")]
     lists = [] if None in lists else lists
-    if bool(plus) + bool(npy) + bool(lists) > 1:
-        places = " and ".join(str(found[0]) for found in (lists, npy, plus) if found)
-        raise Problem(f"{tree.src} holds AffectNet in more than one distribution ({places}); give "
-                      f"--src the folder of one.")
+    kinds = {"AffectNet, CSV lists": lists, "AffectNet, npy files": npy, "AffectNet+": plus}
+    there = [kind for kind, found in kinds.items() if found]
+    if not there:
+        raise tree.missing("AffectNet's training.csv and validation.csv, or *_exp.npy files, or "
+                           "human_annotated/*/annotations/*.json")
+    if len(there) > 1:
+        places = " and ".join(f"{kind} ({kinds[kind][0]})" for kind in there)
+        raise Problem(f"{tree.src} holds {places}; give --src the folder of one of them.")
     if lists:
         affectnet_lists(tree, plan, *lists)
-        return "AffectNet, CSV lists"
-    if npy:
-        affectnet_files(tree, plan, npy, "_exp.npy", npy_value)
-        return "AffectNet, npy files"
-    if plus:
-        affectnet_files(tree, plan, plus, ".json",
-                        lambda path: json.loads(path.read_bytes())["human-label"])
-        return "AffectNet+"
-    raise tree.missing("AffectNet's training.csv and validation.csv, or *_exp.npy files, or "
-                       "human_annotated/*/annotations/*.json")
+    else:
+        affectnet_files(tree, plan, npy or plus, "_exp.npy" if npy else ".json")
+    return there[0]
 
 
 def affectnet_lists(tree: Tree, plan: Plan, training: Path, validation: Path) -> None:
@@ -304,12 +294,21 @@ def affectnet_lists(tree: Tree, plan: Plan, training: Path, validation: Path) ->
                 plan.add(split, label, *source, box=(x, y, x + w, y + h))
 
 
-def npy_value(path: Path) -> float:
-    import numpy
-    return numpy.load(path, allow_pickle=False).reshape(()).astype(float).item()
+def label_in(path: Path) -> int | None:
+    """The label in a .npy or .json file. Raises Problem where numpy is missing."""
+    try:
+        if path.suffix == ".json":
+            return integer(json.loads(path.read_bytes())["human-label"])
+        import numpy
+        return integer(numpy.load(path, allow_pickle=False).reshape(()).astype(float).item())
+    except ImportError:
+        raise Problem("AffectNet's .npy labels need numpy, which is missing; install it with "
+                      "`pip install numpy`.") from None
+    except Exception:  # numpy and json raise many kinds for broken files
+        return None
 
 
-def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str, label_of) -> None:
+def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str) -> None:
     """A label file for each picture: annotations/<id><ending> beside images/<id>.jpg.
 
     The two folders are never zipped together: a file that one of them lacks would shift the rest.
@@ -318,19 +317,12 @@ def affectnet_files(tree: Tree, plan: Plan, folders: list[Path], ending: str, la
     for folder in folders:
         split = next((names[p] for p in tree.below(folder) if p in names), None)
         if split is None:
-            raise Problem(f"{folder} lies below neither train_set nor val_set, so its pictures' "
-                          f"split is unknown; name its folder so.")
+            raise Problem(f"{folder} is below neither train_set nor val_set; name its folder so.")
         place = folder.parent / "images"
         images = {os.path.splitext(n)[0]: n for n in tree.folders.get(place, ())}
         labels = [n for n in tree.folders[folder] if n.endswith(ending)]
         for n in progress(labels, len(labels), f"{split} labels"):
-            try:
-                label = integer(label_of(folder / n))
-            except ImportError:
-                raise Problem("AffectNet's .npy labels need numpy, which is missing; install it "
-                              "with `pip install numpy`.") from None
-            except Exception:  # numpy and json raise many kinds for broken files
-                label = None
+            label = label_in(folder / n)
             with plan.counting(split, label):
                 if n.removesuffix(ending) not in images:
                     raise Skip("file missing")
@@ -354,9 +346,6 @@ def rafdb(tree: Tree, plan: Plan) -> str:
                            "train_labels.csv and test_labels.csv")
     aligned = {n.rsplit("_aligned", 1)[0]: (folder, n) for folder, names in tree.folders.items()
                for n in names if "_aligned." in n}
-    if not aligned:
-        raise tree.missing("RAF-DB's aligned faces, train_00001_aligned.jpg and so on (its "
-                           "`original` photographs do not do)")
     for path in lists:
         for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             words = re.split(r"[,\s]+", line.strip())
@@ -372,7 +361,7 @@ def rafdb(tree: Tree, plan: Plan) -> str:
                 if number not in ours or not stem.startswith(("train", "test")):
                     raise Skip("line that is no `train_00001.jpg 5`")
                 if stem not in aligned:
-                    raise Skip("file missing")
+                    raise Skip("file missing among the aligned faces")
                 plan.add(split, ours[number], *aligned[stem])
     return "RAF-DB, basic, aligned"
 
@@ -396,12 +385,11 @@ def majority(votes: list[int | None]) -> int:
     if None in votes:
         raise Skip("votes that are no integers")
     votes = [v if v > 1 else 0 for v in votes]
-    winner = votes.index(max(votes))
     if 2 * max(votes) <= sum(votes):
         raise Skip("no majority")
-    if winner >= len(FERPLUS_ORDER):
+    if max(votes) in votes[8:]:
         raise Skip("majority for unknown or no face")
-    return FERPLUS_ORDER[winner]
+    return FERPLUS_ORDER[votes.index(max(votes))]
 
 
 def ferplus(tree: Tree, plan: Plan) -> str:
@@ -411,10 +399,9 @@ def ferplus(tree: Tree, plan: Plan) -> str:
                 for folder in tree.called.get(name, ()) for n in tree.folders[folder])
     if not pixels and not drawn and any(n.lower() in ("angry", "happy") for n in tree.called):
         raise Problem(f"{tree.src} holds FER2013 as folders of pictures, which have lost their row "
-                      f"numbers, so no vote can be matched to them; get fer2013.csv (kaggle.com/c/"
-                      f"challenges-in-representation-learning-facial-expression-recognition-"
-                      f"challenge) and fer2013new.csv with the folders beside it "
-                      f"(github.com/microsoft/FERPlus).")
+                      f"numbers, so no vote can be matched to them; get fer2013.csv (Kaggle's "
+                      f"FER2013 challenge) and fer2013new.csv (github.com/microsoft/FERPlus): "
+                      f"data/README.md has the addresses.")
     lists = {name: tree.one("label.csv", beside=name) for name in FERPLUS_FOLDERS}
     if None in lists.values() or not pixels and not drawn:
         raise tree.missing("FERPlus's label.csv in FER2013Train, FER2013Valid and FER2013Test, and "
@@ -427,12 +414,10 @@ def ferplus(tree: Tree, plan: Plan) -> str:
             with plan.counting(split):
                 label = majority([integer(row[str(i)]) for i in range(10)])
                 with plan.counting(split, label):
-                    if not pixels:
-                        plan.add(split, label, *tree.find(folder, name))
-                    elif (split, name) in greys:
-                        plan.add(split, label, None, name, grey=greys[split, name])
-                    else:
+                    if pixels and (split, name) not in greys:
                         raise Skip("file missing")
+                    source = (None, name) if pixels else tree.find(folder, name)
+                    plan.add(split, label, *source, grey=greys.get((split, name)))
     return "FERPlus, pixels from CSV" if pixels else "FERPlus, drawn pictures"
 
 
@@ -524,15 +509,14 @@ def muxspace(tree: Tree, plan: Plan) -> str:
 def draw_tested(labels: dict[str, int]) -> set[str]:
     """The pictures to test on: 1,000 each neutral and happy, 50 of each other class, at most half.
 
-    All pictures called Name_Surname_0001.jpg and so on are one unit, any other picture is one of
-    its own, and no unit is in both splits. Units come in the order of a hash and are taken where
-    they fit. So the split is the same everywhere, whichever files are there.
+    All of Name_Surname_0001.jpg and so on are one unit, which is in one split. Any other picture
+    is a unit. They are taken in the order of a hash, where they fit: so it is the same everywhere.
     """
     units, tested = defaultdict(list), set()
     for name in labels:
         units[re.sub(r"_\d{4}$", "", os.path.splitext(name)[0])].append(name)
     room = {k: min(1000 if k < 2 else 50, n // 2) for k, n in Counter(labels.values()).items()}
-    for unit in sorted(units, key=lambda unit: hashlib.sha256(unit.encode()).digest()):
+    for unit in sorted(units, key=lambda unit: (zlib.crc32(unit.encode()), unit)):
         count = Counter(labels[name] for name in units[unit])
         if all(count[k] <= room[k] for k in count):
             tested.update(units[unit])
@@ -540,8 +524,7 @@ def draw_tested(labels: dict[str, int]) -> set[str]:
     return tested
 
 
-DATASETS = {"affectnet": affectnet, "rafdb": rafdb, "ferplus": ferplus, "sfew": sfew,
-            "muxspace": muxspace}
+DATASETS = {reader.__name__: reader for reader in (affectnet, rafdb, ferplus, sfew, muxspace)}
 
 
 # ===== Making the pictures =====
@@ -595,9 +578,9 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
                 as_rgb(cut).save(content, kind, **how)
                 with Image.open(content) as there:  # measured as it will be read
                     result = moments(there)
+    except Skip:
+        raise
     except Exception as error:  # Pillow raises many kinds for broken files
-        if isinstance(error, Skip):
-            raise
         raise Skip("cannot be read" if getattr(error, "errno", None) else "cannot be decoded")
     write(target, source, content)
     return [origin, target.stat().st_size, *result]
@@ -619,19 +602,16 @@ def cropped(whole: Image.Image, box: tuple | None, size: int) -> Image.Image:
 
 def write(target: Path, source: Path | None, content: io.BytesIO | None) -> None:
     """Puts content at target, or else a link to the source or a copy: whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
         with contextlib.suppress(OSError):  # another disk, or one without links
             return os.link(os.path.realpath(source), target)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        if content is None:
-            shutil.copyfile(source, part)
-        else:
-            part.write_bytes(content.getbuffer())
-        part.replace(target)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    part = target.with_name(f".{target.name}.part")  # if it stays, the next run removes it
+    if content is None:
+        shutil.copyfile(source, part)
+    else:
+        part.write_bytes(content.getbuffer())
+    part.replace(target)
 
 
 class Journal:
@@ -640,10 +620,9 @@ class Journal:
     A line of JSON each, in a hidden file. The first line tells of what the folder was made.
 
     Attributes:
-        lines: what earlier runs have left.
         others: place -> whether it is good, of pictures that this download no longer has.
-        totals: (split, class) -> how many there are and the sums of their six moments, in units of
-            10^-12: integers, as the order in which they come must not change the last digit.
+        totals: (split, class) -> how many there are, and the sums of their moments in 10^-12:
+            integers, as the order in which they come must not change the last digit.
     """
 
     def __init__(self, out: Path, origin: dict):
@@ -660,8 +639,8 @@ class Journal:
             self.file.write(was := now)
             os.fsync(self.file.fileno())  # a picture on the disk without it could be of any --size
         if was != now:
-            raise Problem(f"{out} was prepared from something else ({was.strip() or 'unknown'}; now "
-                          f"{now.strip()}); remove that folder, or write to another with --out.")
+            raise Problem(f"{out} was prepared from something else ({was.strip() or 'unknown'}, "
+                          f"now {now.strip()}); remove it, or write to another folder with --out.")
         self.file.write("\n")  # the last line may have been cut off
 
     def count(self, place: str, record: list) -> None:
@@ -679,8 +658,8 @@ class Journal:
 
 def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
     """Counts what earlier runs have made of these very sources, and removes what is damaged."""
-    lines, journal.lines = journal.lines, None
-    for line in progress(reversed(lines), len(lines), "checked"):  # the last word counts
+    # Backwards, as the last word on a picture counts.
+    for line in progress(reversed(journal.lines), len(journal.lines), "checked"):
         try:
             place, *record = json.loads(line)
         except ValueError:  # empty, or cut off
@@ -716,9 +695,6 @@ def make_all(plan: Plan, journal: Journal, src: Path, out: Path, size: int, work
     todo = [p for p in plan.pictures.values() if not p.made]
     if len(todo) < len(plan.pictures):
         print(f"{len(plan.pictures) - len(todo):,} pictures are there already.")
-    folders = {out / split / CLASSES[k] for split, k in {(p.split, p.label) for p in todo}}
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
 
     # Threads, not processes: decoding, resizing and encoding let go of Python's lock, so two
     # threads are as fast as two processes, and none is left behind where the run is killed.
@@ -734,9 +710,6 @@ def make_all(plan: Plan, journal: Journal, src: Path, out: Path, size: int, work
                     journal.add(picture.place, job.result())
         finally:
             pool.shutdown(cancel_futures=True)
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # where all of a class has failed
 
 
 # ===== What came of it =====
@@ -792,24 +765,21 @@ def reasons(plan: Plan, split: str, *label: int | None) -> str:
 
 def line(name: str, found: int, written: int, paper: int | None, skipped: str) -> str:
     """A row of the table."""
-    more = "fewer" if written < (paper or 0) else "more"
-    verdict = ("not in the paper" if paper is None else "as in the paper" if written == paper
-               else f"{abs(written - paper):,} {more} than the paper")
-    number = "-" if paper is None else f"{paper:,}"
-    return "; ".join(filter(None, (
-        f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}", skipped)))
+    number, verdict = "-", "not in the paper"
+    if paper is not None:
+        number, more = f"{paper:,}", "fewer" if written < paper else "more"
+        verdict = f"{abs(written - paper):,} {more} than" if written != paper else "as in"
+        verdict += " the paper"
+    skipped = skipped and f"; {skipped}"
+    return f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}{skipped}"
 
 
 def link_seven(out: Path) -> Path:
     """AffectNet-7 beside AffectNet: its class folders are links to seven of the eight."""
     seven = out.with_name(out.name + "7")
-    seven.mkdir(exist_ok=True)
-    (seven / JOURNAL).touch()  # marks it as made here
-    for place in [f"{split}/{name}" for split in ("train", "val") for name in CLASSES[:7]]:
-        source, target = out / place, seven / place
-        target.parent.mkdir(exist_ok=True)
-        if not source.is_dir():
-            continue
+    for source in [folder for name in CLASSES[:7] for folder in out.glob(f"*/{name}")]:
+        target = seven / source.relative_to(out)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):
             target.symlink_to(os.path.relpath(source, target.parent), True)
         if not target.is_symlink():  # no such links here: a hard link for every picture
@@ -819,13 +789,13 @@ def link_seven(out: Path) -> Path:
                 (target / n).unlink()
             for n in new - old:
                 write(target / n, source / n, None)
+    (seven / JOURNAL).touch()  # marks it as made here
     return seven
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after a Problem."""
-    text, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=text, epilog=rest, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=DATASETS)
     parser.add_argument("--src", type=Path, required=True, help="the folder with the download")
@@ -855,10 +825,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     """Reads the download, makes the pictures, tells what came of it. Raises Problem."""
-    if size < 0 or workers < 1:
-        raise Problem("--size must not be negative, and --workers must be 1 or more.")
-    if src.resolve() == out.resolve():
-        raise Problem(f"{src} is where the result would go; give another folder with --out.")
+    if size < 0 or workers < 1 or src.resolve() == out.resolve():
+        raise Problem("--size must be 0 or more, --workers 1 or more, and --out not --src.")
     print(f"looking through {src}", flush=True)
     tree, plan = Tree(src), Plan()
     source = DATASETS[name](tree, plan)
@@ -867,11 +835,8 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
             raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
-    try:
+    with journal.file:
         make_all(plan, journal, src, out, size, workers)
-    finally:
-        with contextlib.suppress(OSError):  # on a full disk: that has been said already
-            journal.file.close()
     report(name, source, plan, journal, out)
     if name == "affectnet":
         report("affectnet7", source, plan, journal, link_seven(out))
