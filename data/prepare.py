@@ -509,14 +509,15 @@ def muxspace(tree: Tree, plan: Plan) -> str:
 def draw_tested(labels: dict[str, int]) -> set[str]:
     """The pictures to test on: 1,000 each neutral and happy, 50 of each other class, at most half.
 
-    All of Name_Surname_0001.jpg and so on are one unit, which is in one split. Any other picture
-    is a unit. They are taken in the order of a hash, where they fit: so it is the same everywhere.
+    All of Name_Surname_0001.jpg and so on are one unit, in one split; any other picture is one.
+    Units are taken where they fit, those of small classes first, then in the order of a hash.
     """
     units, tested = defaultdict(list), set()
     for name in labels:
         units[re.sub(r"_\d{4}$", "", os.path.splitext(name)[0])].append(name)
     room = {k: min(1000 if k < 2 else 50, n // 2) for k, n in Counter(labels.values()).items()}
-    for unit in sorted(units, key=lambda unit: (zlib.crc32(unit.encode()), unit)):
+    for unit in sorted(units, key=lambda unit: (all(labels[name] < 2 for name in units[unit]),
+                                                zlib.crc32(unit.encode()), unit)):
         count = Counter(labels[name] for name in units[unit])
         if all(count[k] <= room[k] for k in count):
             tested.update(units[unit])
@@ -657,8 +658,7 @@ class Journal:
 
 
 def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
-    """Counts what earlier runs have made of these very sources, and removes what is damaged."""
-    # Backwards, as the last word on a picture counts.
+    """Counts what is there of these very sources, by the last line on each; removes the others."""
     for line in progress(reversed(journal.lines), len(journal.lines), "checked"):
         try:
             place, *record = json.loads(line)
@@ -691,7 +691,6 @@ def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
 
 def make_all(plan: Plan, journal: Journal, src: Path, out: Path, size: int, workers: int) -> None:
     """Makes what is not there, on all cores; what cannot be made is skipped."""
-    check(plan, journal, src, out)
     todo = [p for p in plan.pictures.values() if not p.made]
     if len(todo) < len(plan.pictures):
         print(f"{len(plan.pictures) - len(todo):,} pictures are there already.")
@@ -836,6 +835,7 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
     with journal.file:
+        check(plan, journal, src, out)
         make_all(plan, journal, src, out, size, workers)
     report(name, source, plan, journal, out)
     if name == "affectnet":
