@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zlib
 from dataclasses import asdict
@@ -44,6 +45,7 @@ sys.path.insert(0, str(HERE / "data"))
 import baselines as M
 import benchmark as B
 import figures as D
+import prepare as R
 import probe as P
 
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
@@ -3634,6 +3636,167 @@ def test_a_preparation_goes_on_and_redoes_nothing(tmp_path):
     assert (out / gone).read_bytes() == first[gone][0]
     assert Image.open(out / "train/5_disgust/train_00003_aligned.jpg").getpixel((9, 9))[2] > 150
     assert sum(json.loads((out / "stats.json").read_text())["counts"]["train"].values()) == 7
+
+
+def test_rafdbs_compound_set_is_named_whatever_its_folder_is_called(tmp_path):
+    src = tmp_path / "raf"
+    text(src / "EmoLabel/list_patition_label.txt",
+         "train_0001.jpg 3\ntrain_0002.jpg 11\ntest_0001.jpg 5\n")
+    for name in ("train_0001", "train_0002", "test_0001"):
+        put(src / f"Image/aligned/{name}_aligned.jpg")
+    done = prepared("rafdb", "--src", src, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "compound set" in done.stderr and "11" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_of_its_own_making_and_one_called_compound_get_no_traceback(tmp_path):
+    src = tmp_path / "RAF basic and compound"  # both sets, unpacked into one folder
+    for given in (rafdb(src), tmp_path):
+        out = tmp_path / f"out-{given.name}"
+        done = prepared("rafdb", "--src", given, "--out", out)
+        assert done.returncode == 0 and len(files(out)) == 8, done.stderr
+    done = prepared("rafdb", "--src", out, "--out", tmp_path / "again")
+    assert done.returncode == 2 and "was made by prepare.py" in done.stderr
+
+
+def test_killed_within_the_first_pictures_it_resumes_and_takes_no_other_size(tmp_path):
+    src, out = rafdb(tmp_path / "src"), tmp_path / "out"
+    code = ("import os, runpy, sys\nfrom PIL import Image\nreal, calls = Image.Image.save, []\n"
+            "def save(*args, **how):\n    calls.append(1)\n"
+            "    os._exit(9) if len(calls) > 3 else real(*args, **how)\n"
+            "Image.Image.save = save\n"
+            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
+    order = ["rafdb", "--src", src, "--out", out, "--workers", 1, "--size"]
+    killed = subprocess.run([sys.executable, "-c", code, HERE / "data/prepare.py",
+                             *map(str, [*order, 16])])
+    assert killed.returncode == 9 and len(files(out)) == 3
+    other = prepared(*order, 12)
+    assert other.returncode == 2 and "something else" in other.stderr and len(files(out)) == 3
+    assert prepared(*order, 16).returncode == 0
+    whole = tmp_path / "whole"
+    assert prepared("rafdb", "--src", src, "--out", whole, "--size", 16).returncode == 0
+    assert {k: p.read_bytes() for k, p in files(out).items()} == {
+        k: p.read_bytes() for k, p in files(whole).items()}
+    assert (out / "stats.json").read_text() == (whole / "stats.json").read_text()
+    (out / ".prepared.jsonl").write_text("")  # pictures of which nothing is known
+    assert prepared(*order, 16).returncode == 2
+
+
+def test_kaggles_copy_of_rafdb_is_read_like_the_owners(tmp_path):
+    rafdb(tmp_path / "src")
+    kaggle = tmp_path / "kaggle"
+    for split in ("train", "test"):
+        lines = ["image,label"]
+        for line in (tmp_path / "src/basic/EmoLabel/list_patition_label.txt").open():
+            if line.startswith(split):
+                name, label = line.split()
+                lines.append(f"{Path(name).stem}_aligned.jpg,{label}")
+                if "00009" not in name:
+                    put(kaggle / f"DATASET/{split}/{label}/{Path(name).stem}_aligned.jpg")
+        text(kaggle / f"{split}_labels.csv", "\n".join(lines))
+    for name in ("src", "kaggle"):
+        done = prepared("rafdb", "--src", tmp_path / name, "--out", tmp_path / f"{name}-out")
+        assert done.returncode == 0 and "1 skipped: file missing" in done.stdout, done.stderr
+    assert {k: p.read_bytes() for k, p in files(tmp_path / "kaggle-out").items()} == {
+        k: p.read_bytes() for k, p in files(tmp_path / "src-out").items()}
+
+
+@pytest.mark.parametrize("name, paths", [
+    ("affectnet", ["YOLO_format/train/images/1.png", "YOLO_format/train/labels/1.txt"]),
+    ("affectnet", ["train/anger/1.png", "val/anger/1.png"]),
+    ("sfew", ["Train/Angry/1.png", "Val/Angry/1.png"]),
+    ("rafdb", ["Image/original/train_00001.jpg", "EmoLabel/list_patition_label.txt"])])
+def test_copies_that_others_rearranged_get_what_can_be_done_with_them(name, paths, tmp_path):
+    for path in paths:
+        if path.endswith(".txt"):
+            text(tmp_path / "src" / path, "train_00001.jpg 5\n")
+        else:
+            put(tmp_path / "src" / path)
+    done = prepared(name, "--src", tmp_path / "src", "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
+    for words in ("no distribution of the owners", "python simfle.py --data FOLDER",
+                  "train/CLASS and val/CLASS", "data/README.md"):
+        assert words in done.stderr
+
+
+def test_fer2013_as_folders_gets_the_two_files_that_are_needed(tmp_path):
+    put(tmp_path / "src/train/angry/Training_3908.jpg")
+    done = prepared("ferplus", "--src", tmp_path / "src", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    for words in ("as folders of pictures", "fer2013.csv (Kaggle", "fer2013new.csv (github.com/"
+                  "microsoft/FERPlus)"):
+        assert words in done.stderr
+
+
+def test_what_is_left_out_is_said_and_found_counts_files(tmp_path):
+    for split in ("Train", "Val"):
+        for emotion in ("Angry", "Happiness"):
+            put(tmp_path / f"sfew/{split}/{split}_Aligned_Faces/{emotion}/one.png")
+    done = prepared("sfew", "--src", tmp_path / "sfew", "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert done.stdout.count("1 skipped: in a folder Happiness, which is no emotion of SFEW") == 2
+    done = prepared("rafdb", "--src", rafdb(tmp_path / "raf"), "--out", tmp_path / "raf-out")
+    # Three rows of surprise: one without a file, one that comes twice.
+    assert re.search(r"3_surprise +1 +1 .*1 skipped: file missing.*; 1 skipped: rep", done.stdout)
+    text(tmp_path / "other/training.csv", "left_eye_x,left_eye_y,Image\n1,2,3 4 5\n")
+    text(tmp_path / "other/validation.csv", "left_eye_x,left_eye_y,Image\n1,2,3 4 5\n")
+    done = prepared("affectnet", "--src", tmp_path / "other", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "has no column expression, face_height" in done.stderr
+
+
+def test_muxspace_is_split_by_person_with_all_classes_in_both(tmp_path):
+    rows, images = ["user.id,image,emotion"], tmp_path / "src/repository/images"
+    for emotion, count in (("neutral", 24), ("HAPPINESS", 20), ("Surprise", 8), ("sadness", 8),
+                           ("anger", 9), ("disgust", 8), ("fear", 3), ("contempt", 2)):
+        for i in range(count):  # two pictures of each person, and single ones
+            name = f"A_{emotion}{i // 2}_{i % 2 + 1:04}.jpg" if i % 8 < 6 else f"{emotion}_{i}k.jpg"
+            put(images / name, (60, 50), (3 * i, 9 * i, len(rows)), "RGB" if i % 2 else "L")
+            rows.append(f"1,{name},{emotion}")
+    put(images / "A_neutral0_0003.jpg")  # no row
+    rows += ["1,gone_0001.jpg,anger", "1,A_neutral0_0001.jpg,anger"]
+    text(tmp_path / "src/repository/data/legend.csv", "\n".join(rows) + "\n")
+    done = prepared("muxspace", "--src", tmp_path / "src", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "out/stats.json").read_text())["counts"]
+    assert counts["val"] == {"0_neutral": 12, "1_happiness": 10, "2_sadness": 4, "3_surprise": 4,
+                             "5_disgust": 4, "6_anger": 4}
+    assert counts["train"] == counts["val"] | {"6_anger": 5}  # one of 5 to test on has no file
+    people = [{re.sub(r"_\d{4}$", "", Path(k).stem) for k in files(tmp_path / "out" / split)}
+              for split in ("train", "val")]
+    assert not people[0] & people[1] and any(name.startswith("A_") for name in people[1])
+    for words in ("5 skipped: fear, contempt or no emotion", "1 skipped: file without a row",
+                  "1 skipped: second row of a picture", "1 skipped: file missing",
+                  "mean over the classes"):
+        assert words in done.stdout, words
+    # The split does not depend on which files are there.
+    gone = sorted(images.glob("A_*"))[::3]
+    for path in gone:
+        path.unlink()
+    assert prepared("muxspace", "--src", tmp_path / "src", "--out", tmp_path / "b").returncode == 0
+    assert files(tmp_path / "b").keys() <= files(tmp_path / "out").keys()
+
+
+def test_memory_for_300000_pictures_stays_under_400_megabytes(tmp_path, capsys):
+    count, marks, lists = 3000, ";".join(["101.5;202.5"] * 68), {"training": "", "validation": ""}
+    one = put(tmp_path / "one.jpg")
+    for i in range(count):
+        name = f"{i // 400}/{hashlib.sha256(str(i).encode()).hexdigest()[:56]}.jpg"
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(one, tmp_path / "src" / name)
+        lists["training" if i % 9 else "validation"] += f"{name},-{i + 300},-400,9000,{i + 999}," \
+            f"{marks},{i % 8},0.1,0.2\n"
+    for name, content in lists.items():
+        text(tmp_path / f"src/{name}.csv", content)
+    order = ["affectnet", "--src", str(tmp_path / "src"), "--out", str(tmp_path / "out")]
+    assert R.main(order) == 0
+    tracemalloc.start()
+    try:
+        assert R.main(order) == 0  # a second time, as what has been made is read then
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert f"{count:,} pictures are there already" in capsys.readouterr().out
+    assert 30e6 + peak / count * 300_000 < 400e6  # 30 MB: Python and Pillow
 
 
 def test_where_links_do_not_work_pictures_are_copied_whole(tmp_path):
