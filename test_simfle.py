@@ -3569,7 +3569,7 @@ def test_ferplus_sources_that_do_not_belong_together_get_a_sentence(tmp_path):
     (src / "kaggle/fer2013.csv").unlink()
     put(src / "kaggle/train/angry/Training_3908.jpg")
     done = prepared("ferplus", "--src", src, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "lost their row numbers" in done.stderr
+    assert done.returncode == 2 and "row numbers are lost" in done.stderr
 
 
 def test_sfew_is_found_in_its_folders_without_the_test_set(tmp_path):

@@ -94,6 +94,7 @@ class Tree:
 
         def unreadable(error: OSError):  # os.walk would pass over it without a word
             raise error
+
         for parent, folders, names in os.walk(src, followlinks=True, onerror=unreadable):
             place = os.stat(parent)
             if (place.st_dev, place.st_ino) in seen or JOURNAL in names:
@@ -137,7 +138,7 @@ class Tree:
                     commands.append(command.format(shlex.quote(str(folder / n)),
                                                    shlex.quote(str(folder))))
         more = f"; and {len(commands) - 6} more" if len(commands) > 6 else ""
-        return commands and f"if still packed: {'; '.join(commands[:6])}{more}; " or ""
+        return f"if still packed: {'; '.join(commands[:6])}{more}; " if commands else ""
 
     def missing(self, wanted: str) -> Problem:
         """The sentence for a download without `wanted`: what is there instead, what to do."""
@@ -352,9 +353,8 @@ def rafdb(tree: Tree, plan: Plan) -> str:
             stem = os.path.splitext(words[0])[0].removesuffix("_aligned")
             number, split = integer(words[-1]), "train" if stem.startswith("train") else "val"
             if number is not None and number > 7:
-                raise Problem(f"{path} has the label {number}, so it is RAF-DB's compound set, "
-                              f"which the paper does not use; give --src the folder of the basic "
-                              f"set, whose labels are 1 to 7.")
+                raise Problem(f"{path} has the label {number}, so it is RAF-DB's compound set; "
+                              f"give --src the folder of the basic set, whose labels are 1 to 7.")
             if line.strip() in ("", "image,label"):
                 continue
             with plan.counting(split, ours.get(number)):
@@ -398,10 +398,9 @@ def ferplus(tree: Tree, plan: Plan) -> str:
     drawn = any(n.endswith(".png") for name in FERPLUS_FOLDERS
                 for folder in tree.called.get(name, ()) for n in tree.folders[folder])
     if not pixels and not drawn and any(n.lower() in ("angry", "happy") for n in tree.called):
-        raise Problem(f"{tree.src} holds FER2013 as folders of pictures, which have lost their row "
-                      f"numbers, so no vote can be matched to them; get fer2013.csv (Kaggle's "
-                      f"FER2013 challenge) and fer2013new.csv (github.com/microsoft/FERPlus): "
-                      f"data/README.md has the addresses.")
+        raise Problem(f"{tree.src} holds FER2013 as folders of pictures, so row numbers are lost, "
+                      f"and votes with them; get fer2013.csv (Kaggle's FER2013 challenge) and "
+                      f"fer2013new.csv (github.com/microsoft/FERPlus), as data/README.md says.")
     lists = {name: tree.one("label.csv", beside=name) for name in FERPLUS_FOLDERS}
     if None in lists.values() or not pixels and not drawn:
         raise tree.missing("FERPlus's label.csv in FER2013Train, FER2013Valid and FER2013Test, and "
@@ -647,8 +646,9 @@ class Journal:
     def count(self, place: str, record: list) -> None:
         """Adds a picture that is there to the totals."""
         total = self.totals[tuple(place.split("/")[:2])]
-        for i, value in enumerate([1e-12, *record[2:]]):
-            total[i] += round(value * 10**12)
+        total[0] += 1
+        for i, moment in enumerate(record[2:], 1):
+            total[i] += round(moment * 10**12)
 
     def add(self, place: str, record: list) -> None:
         """Notes a picture that has been made."""
@@ -665,7 +665,8 @@ def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
         except ValueError:  # empty, or cut off
             continue
         picture, path = plan.pictures.get(place.lower()), out / place
-        if picture.known if picture else place in journal.others:
+        known = picture.known if picture else place in journal.others
+        if known:
             continue
         good = path.exists() and path.stat().st_size == record[1]
         if picture:
@@ -727,9 +728,7 @@ def report(name: str, source: str, plan: Plan, journal: Journal, out: Path) -> N
     std = [max(q - x * x, 0) ** 0.5 for x, q in zip(mean, square)]
     stats = dict(dataset=name, source=source, counts=counts, mean=[round(v, 4) for v in mean],
                  std=[round(v, 4) for v in std], own_colours=name == "ferplus")
-    part = out / "stats.json.part"
-    part.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")
-    part.replace(out / "stats.json")
+    write(out / "stats.json", None, io.BytesIO(f"{json.dumps(stats, indent=1)}\n".encode()))
 
     print(f"\n{out}: {source}")
     found = Counter((p.split, CLASSES[p.label]) for p in plan.pictures.values())
