@@ -800,7 +800,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the folder to write [data/NAME]")
     parser.add_argument("--size", type=int, default=256,
                         help="short side of a picture at most, in pixels; 0 keeps all [256]")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads [all cores]")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads [cores]")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # Pillow's, on odd pictures
     sys.stdout.reconfigure(errors="replace")
@@ -812,7 +812,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (Problem, OSError) as error:
         resume = "" if isinstance(error, Problem) else (
-            f" (writing to {out}); make room or mend it, and give the same command: it resumes.")
+            f"; mend that, or make room in {out}, and start the same command again: it resumes.")
         print(f"\nprepare: {error}{resume}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
