@@ -446,10 +446,10 @@ def ferplus_rows(tree: Tree, plan: Plan, pixels: Path) -> dict[tuple[str, str], 
         with plan.counting(FERPLUS_USAGES.get(usage)):
             if nearest.get(name) != i:
                 raise Skip("repeated name" if name else "row without a name")
-            grey = [integer(number) for number in row["pixels"].split()]
-            if len(grey) != 48 * 48 or not set(grey) <= set(range(256)):
+            grey = row["pixels"].split()
+            if len(grey) != 48 * 48 or not set(grey) <= set(map(str, range(256))):
                 raise Skip("pixels are not 48 × 48 numbers")
-            found[FERPLUS_USAGES.get(usage), name] = bytes(grey)
+            found[FERPLUS_USAGES.get(usage), name] = bytes(map(int, grey))
     if next(rows, None):
         raise apart
     return found
