@@ -80,8 +80,7 @@ class Tree:
     """The files below a folder, but for hidden ones, Thumbs.db, __MACOSX and what this made.
 
     Attributes:
-        folders: path -> the names of its files, sorted, as keys and values: quick to find, and
-            each text is there once. A folder that is reached twice, by links, is listed once.
+        folders: path -> its files' names, sorted, as keys and values. By links, too, only once.
         called: a folder's name -> the paths of all folders of that name.
     """
 
@@ -633,10 +632,12 @@ class Journal:
         except OSError:
             raise Problem(f"another process prepares {out}; let it end.") from None
         self.file.seek(0)
-        now, (was, *self.lines) = json.dumps(origin) + "\n", self.file.readlines() or [""]
+        was, *self.lines = self.file.readlines() or [""]
+        now = json.dumps(origin) + "\n"
         if not was.endswith("\n") and not any((out / split).exists() for split in SPLITS):
+            was = now
             self.file.truncate(0)  # new, or killed in the midst of this line
-            self.file.write(was := now)
+            self.file.write(now)
             os.fsync(self.file.fileno())  # a picture on the disk without it could be of any --size
         if was != now:
             raise Problem(f"{out} was prepared from something else ({was.strip() or 'unknown'}, "
