@@ -2,8 +2,8 @@
 
     python data/prepare.py affectnet --src DOWNLOAD [--out data/affectnet] [--size 256]
 
-and so rafdb, ferplus, sfew, and muxspace, which is public but not in the paper.
-DOWNLOAD is a folder in which the unpacked archives lie, at any depth. What comes out is
+and so rafdb, ferplus, sfew, and muxspace, which is public but not in the paper. DOWNLOAD is a
+folder in which the unpacked archives lie, at any depth. What comes out is
 
     data/NAME/{train,val}/{0_neutral,1_happiness,...}/PICTURE    val is what the paper tests on
     data/NAME/stats.json                                         counts, channel means, deviations
@@ -60,9 +60,9 @@ PAPER["affectnet7"] = {split: counts[:7] for split, counts in PAPER["affectnet"]
 CLASSES_OF = {name: CLASSES[:len(counts["train"])] for name, counts in PAPER.items()}
 CLASSES_OF["muxspace"] = CLASSES[:4] + CLASSES[5:7]
 
-ARCHIVES = dict.fromkeys((".tar", ".tgz", ".gz"), "tar -xf {0} -C {1}") | {
-    ".zip": "unzip -o {0} -d {1}", ".rar": "unrar x {0} {1}/", ".7z": "7z x -o{1} {0}",
-    ".001": "7z x -o{1} {0}"}
+ARCHIVES = {".zip": "unzip -o {0} -d {1}", ".gz": "gunzip -k {0}", ".rar": "unrar x {0} {1}/",
+            ".tar": "tar -xf {0} -C {1}", ".tgz": "tar -xf {0} -C {1}", ".7z": "7z x -o{1} {0}",
+            ".001": "7z x -o{1} {0}"}
 
 
 class Problem(Exception):
@@ -107,7 +107,7 @@ class Tree:
 
     def below(self, folder: Path) -> list[str]:
         """A folder's names from --src's own down to it, in lower case, the last first."""
-        names = (self.src.resolve().name, *folder.relative_to(self.src).parts)
+        names = [self.src.resolve().name, *folder.relative_to(self.src).parts]
         return [n.lower() for n in reversed(names)]
 
     def one(self, *wanted: str, beside: str = "") -> Path | None:
@@ -132,11 +132,12 @@ class Tree:
         commands = []
         for folder, names in self.folders.items():
             for n in names:
-                command = ARCHIVES.get(os.path.splitext(n)[1].lower())
+                kind = ".tar" if ".tar." in n.lower() else os.path.splitext(n)[1].lower()
+                command = ARCHIVES.get(kind)
                 if command and not re.search(r"part0*([2-9]|[1-9]\d+)\.rar$", n.lower()):
                     commands.append(command.format(shlex.quote(str(folder / n)),
                                                    shlex.quote(str(folder))))
-        more = f"; and {len(commands) - 6} more" if len(commands) > 6 else ""
+        more = "; and so on" if len(commands) > 6 else ""
         return f"if still packed: {'; '.join(commands[:6])}{more}; " if commands else ""
 
     def missing(self, wanted: str) -> Problem:
@@ -263,7 +264,7 @@ def affectnet(tree: Tree, plan: Plan) -> str:
     lists = [tree.one("training.csv"), tree.one("validation.csv")]
     lists = [] if None in lists else lists
     kinds = {"AffectNet, CSV lists": lists, "AffectNet, npy files": npy, "AffectNet+": plus}
-    there = [kind for kind, found in kinds.items() if found]
+    there = [kind for kind in kinds if kinds[kind]]
     if not there:
         raise tree.missing("AffectNet's training.csv and validation.csv, or *_exp.npy files, or "
                            "human_annotated/*/annotations/*.json")
@@ -670,15 +671,15 @@ def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
         if known:
             continue
         good = path.exists() and path.stat().st_size == record[1]
-        if picture:
-            picture.known = True
-            picture.made = good = good and picture.origin(src) in (None, record[0])
-            if not good:
-                path.unlink(missing_ok=True)
-        else:
+        if picture is None:
             journal.others[place] = good
+        else:
+            good = good and picture.origin(src) in (None, record[0])
+            picture.known, picture.made = True, good
         if good:
             journal.count(place, record)
+        elif picture:
+            path.unlink(missing_ok=True)
     foreign = 0
     for path in (path for split in SPLITS for path in (out / split).glob("*/*")):
         place = path.relative_to(out).as_posix()
@@ -769,8 +770,7 @@ def line(name: str, found: int, written: int, paper: int | None, skipped: str) -
         number, more = f"{paper:,}", "fewer" if written < paper else "more"
         verdict = f"{abs(written - paper):,} {more} than" if written != paper else "as in"
         verdict += " the paper"
-    skipped = skipped and f"; {skipped}"
-    return f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}{skipped}"
+    return f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}; {skipped}".rstrip("; ")
 
 
 def link_seven(out: Path) -> Path:
