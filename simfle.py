@@ -6,8 +6,8 @@ without labels. Two tasks share the backbone. Global facial feature learning (GF
 find two random views of a face alike. In fine-grained facial feature learning (FFL, Section 3.2)
 the backbone's channels decide which patches of a face a masked autoencoder gets to see.
 Distillation exchanges what both have learnt (Section 3.3). Afterwards only the backbone is kept.
-Read this file from the top with the paper beside it. Section numbers, equations and letters are the
-paper's, but for L_g: here it is Eq. 2 divided by c′.
+Read this file from the top with the paper beside it. Sections and letters are the paper's, and so
+are the equations, but where a departure is numbered.
 
     python simfle.py                                               the demo, on a laptop
     python simfle.py --data affectnet                              one GPU
@@ -40,8 +40,9 @@ One step, with B images (sg: no gradient)
 
 Letters
     I, v1, v2     a face, and two augmented views of it
-    f_θ, f_ρ      the online stream: backbone, projector, predictor; the target: the first two
-    τ             the decay of the target, an exponential moving average (EMA) of the online stream
+    f_θ           the online stream: backbone, projector, predictor (in code: online, predictor)
+    f_ρ           the target stream: backbone, projector
+    τ             the decay of the target, an exponential moving average (EMA) of online
     X             the backbone's map of I: c′ channels of h′ × w′
     C_i, D, N_g   channel i after grouping; the cosine of two channels; the number of groups
     a_i, γ        the score of patch i; the share of the N_p patches that is masked
@@ -52,7 +53,7 @@ Letters
 
 MAE is the masked autoencoder of He et al. (2022), ViT the transformer for images that it uses, and
 DDP PyTorch's DistributedDataParallel. Departures from the paper and from the authors' code are
-numbered at their line, with the reason; the README has the table. The paper's accuracies have not
+numbered at their line; the README has the table. The paper's accuracies have not
 been reproduced: that takes AffectNet and GPUs.
 """
 
@@ -80,7 +81,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of parameters without gradient
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns that none is unused
 
 import torch
 import torch.distributed as dist
@@ -106,8 +107,8 @@ MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 def full_precision(x: Tensor):
     """Switches `torch.autocast` off where fp32 matters, such as in norms and cosines. (ours)
 
-    bf16 has 8 significant bits. Many of 49 scores would be equal as bf16, and which patch is masked
-    would be an accident. What is bf16 already is lifted by `promote`.
+    bf16 has 8 significant bits. Many of 49 scores would be equal as bf16, and rounding would decide
+    which patch is masked. What is bf16 already is lifted by `promote`.
 
     Args:
         x: any tensor; autocast is switched off on its device.
@@ -507,18 +508,19 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 #
 # Ours is a surrogate: a gradient that we write down ourselves, since the sort has none. It is a
 # hypothesis that it does what the paper claims. Take the masked patches of an image. The score of
-# one that is harder than their mean should increase, that of an easier one should decrease. So the
-# mask is made soft at its threshold:
+# one that is harder than their mean should increase, that of an easier one should decrease. To get
+# such a gradient, the mask is replaced by a sigmoid of the distance to the threshold:
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
-# r_thr is the lowest score that was kept, as a constant. soft_i is ½ there, and near 1 for a patch
-# that is surely masked. A term of value 0 is added to L_r. For one image it is
+# r_thr is the lowest standardised score among the kept patches, detached. soft_i is ½ where r_i is
+# r_thr, and towards 1 for the patches with the lowest scores. A term of value 0 is added to L_r.
+# For one image it is
 #
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − const)
 #
-# M is the mask of zeros and ones, ē the mean error of the masked patches. const equals soft_i but
-# is detached: the bracket is zero, and has soft_i's gradient. The gradient with respect to r_i is
+# M is the mask of zeros and ones, ē the mean error of the masked patches. const is soft_i detached.
+# So (soft_i − const) is zero but has soft_i's gradient. The gradient with respect to r_i is
 #
 #     −M_i (e_i − ē) soft_i (1 − soft_i) / N_m
 #
@@ -744,8 +746,8 @@ class FaceMAE(nn.Module):
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
         # L_g and the refinement both train the grouping layer, and neither may drown the other. Why
-        # c′: scores are sums over c′/N_g channels, standardised. So the share of one channel in
-        # them, and its gradient, shrink with c′, while L_g's do not.
+        # c′: N_g is fixed, so groups grow with c′, and the scores are standardised. One channel's
+        # part of a score shrinks with c′. Its gradient from L_g does not.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -768,8 +770,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
     The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
     distributions; with t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
-    nothing: the z_i average to z̄, so their log-softmaxes add up to that of z̄ but for a constant,
-    and no gradient is left for z̄.
+    nothing: the mean of the z_i's log-softmaxes is z̄'s, plus a number that is the same for all
+    coordinates. So no gradient is left for z̄.
 
     Args:
         zs: z_m, z_v1, z_v2, (B, 256) each.
@@ -793,7 +795,7 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #
 #           backbone   projector, predictor   grouping layer   encoder   decoder   distil heads
 #     L_s   yes        yes                    –                –         –         –
-#     L_r   –          –                      by κ alone       yes       yes       –
+#     L_r   –          –                      if κ > 0         yes       yes       –
 #     L_d   yes        –                      –                yes       –         yes
 #     L_g   –          –                      yes              –         –         –
 #
@@ -858,7 +860,7 @@ class SimFLE(nn.Module):
         L_d = distillation_loss([z_m] + [self.distil_v(h) for h in hs], self.t)
 
         # Eq. 6. Departure 17: as L_g is Eq. 2 divided by c′, our β = 0.03 corresponds to 0.03/c′ in
-        # the paper.
+        # the paper. As L_d is t² times Eq. 5, α = 0.3 corresponds to 0.3 t² = 4.8.
         loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
         return report(loss, L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1), **logged)
 
@@ -925,15 +927,15 @@ class DirectSimFLE(GFLAlone):
 class RandomMasking(SemanticMasking):
     """Masks at random, with the interface of `SemanticMasking`. (Table 3 c)
 
-    The grouping layer and L_g stay, because Table 3 gives rows c and d the same arithmetic. Nothing
-    else learns from them. The scores are random numbers, without gradient."""
+    The grouping layer and L_g stay, because Table 3 gives rows c and d the same arithmetic. The
+    mask does not depend on them. The scores are random numbers, without gradient."""
     def forward(self, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = torch.rand(len(C), (self.image_size // self.patch)**2, device=C.device)
         return a, *mask_lowest(a, self.ratio)
 
 
 # ================================ Part II: training ================================
-# Sec. 4.1 gives the data, the optimiser, its schedule and the augmentation. All else here is ours:
+# Sec. 4.1 gives the data, the optimiser, its schedule and the augmentation. The rest is ours:
 # how pictures are read, how processes share a batch, how a run survives being killed.
 
 
@@ -1426,10 +1428,11 @@ def ignore_signals(worker: int) -> None:
 
 
 # ===== Checkpoints =====
-# A run may be killed at any moment. Resumed on a CPU, its weights are as if nothing had happened.
-# So files are written whole, and a checkpoint holds all that the next step depends on. Only the
-# same run may use it: `identity` says what must be equal. Learning rate, weight decay and length
-# may change, and the number of ranks where the real batch stays the same.
+# A run may be killed at any moment. Resumed on a CPU, by as many ranks, its weights are as if
+# nothing had happened. So files are written whole (but for the log, which is cut to its last whole
+# line), and a checkpoint holds all that the next step depends on. `identity` says what must be
+# equal to resume. Learning rate, weight decay and length may change. So may the number of ranks, if
+# the images of a step, ranks × ⌊batch size/ranks⌋, stay as many.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1760,8 +1763,7 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
         path: of the checkpoint.
         partial, weights: see `Batches`.
         cosine: the learning rate falls towards 0 on a cosine; else it is constant.
-        more: see `identity`, which says what must be equal to resume. Learning rate, weight decay
-            and length may change, and the number of ranks where the real batch stays the same.
+        more: see `identity`, which says what must be equal to resume.
     Raises:
         UserError: the batch is larger than the data or too small; see also `load_checkpoint`."""
     data = find_data(s.data)
