@@ -6,8 +6,8 @@ without labels. Two tasks share the backbone. Global facial feature learning (GF
 find two random views of a face alike. In fine-grained facial feature learning (FFL, Section 3.2)
 the backbone's channels decide which patches of a face a masked autoencoder gets to see.
 Distillation exchanges what both have learnt (Section 3.3). Afterwards only the backbone is kept.
-Read this file from the top with the paper beside it. Sections and letters are the paper's, and so
-are the equations, but where a departure is numbered.
+Read this file from the top with the paper beside it. Section numbers, letters and equations are the
+paper's, except where the text says "ours" or numbers a departure.
 
     python simfle.py                                               the demo, on a laptop
     python simfle.py --data affectnet                              one GPU
@@ -81,7 +81,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns that none is unused
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else DDP warns of `in_parallel`
 
 import torch
 import torch.distributed as dist
@@ -530,7 +530,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
-    """A zero whose gradient moves the scores of masked patches by their errors. (Sec. 3.2; ours)
+    """A zero whose gradient raises the scores of hard masked patches. (Sec. 3.2; ours)
 
     By hand, four patches: a = (3, 2, 1, 0), the first is kept, the others have errors 4, 1, 7. Then
     r = (1.16, 0.39, −0.39, −1.16) and ē = 4. Gradient descent moves r along (0, 0, −0.145, +0.081):
@@ -745,9 +745,9 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
-        # L_g and the refinement both train the grouping layer, and neither may drown the other. Why
-        # c′: N_g is fixed, so groups grow with c′, and the scores are standardised. One channel's
-        # part of a score shrinks with c′. Its gradient from L_g does not.
+        # L_g and the refinement both train the grouping layer, and neither may drown the other. The
+        # refinement's gradient to one channel shrinks like 1/c′ (groups grow with c′, and scores
+        # are standardised), L_g's does not. The factor c′ keeps their ratio.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -770,8 +770,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
     The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
     distributions; with t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
-    nothing: the mean of the z_i's log-softmaxes is z̄'s, plus a number that is the same for all
-    coordinates. So no gradient is left for z̄.
+    nothing: through z̄ the gradients of the three KL terms cancel, since the mean log-softmax of
+    the z_i is z̄'s plus a constant.
 
     Args:
         zs: z_m, z_v1, z_v2, (B, 256) each.
@@ -1429,10 +1429,10 @@ def ignore_signals(worker: int) -> None:
 
 # ===== Checkpoints =====
 # A run may be killed at any moment. Resumed on a CPU, by as many ranks, its weights are as if
-# nothing had happened. So files are written whole (but for the log, which is cut to its last whole
-# line), and a checkpoint holds all that the next step depends on. `identity` says what must be
-# equal to resume. Learning rate, weight decay and length may change. So may the number of ranks, if
-# the images of a step, ranks × ⌊batch size/ranks⌋, stay as many.
+# nothing had happened. So files are written whole, and lines of the log that are later than the
+# checkpoint are taken back. `identity` says what must be equal to resume: the method, the pictures
+# and the images of a step, ranks × ⌊batch size/ranks⌋. All else may change, such as learning rate,
+# weight decay, length, number of ranks or of workers.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1496,8 +1496,8 @@ def load_file(path: Path) -> dict:
             return content
         reason = "it holds no weights"
     except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
-        reason = re.split(r"\n|\. ", repr(error))[0]
-    raise UserError(f"{path} is not a checkpoint ({reason}); make it again, or move it away.")
+        reason = type(error).__name__
+    raise UserError(f"{path} is not a checkpoint ({reason}); give another, or move it away.")
 
 
 def load_weights(path: str | Path, module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -1512,8 +1512,8 @@ def load_weights(path: str | Path, module: nn.Module, state: dict[str, Tensor]) 
     try:
         module.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this net ({' '.join(str(error).split())[:300]}); "
-                        f"give another file, or the --arch and sizes it was made with.") from None
+        raise UserError(f"{path} does not fit this net; give another file, or the --arch and sizes "
+                        f"it was made with ({' '.join(str(error).split())[:300]}).") from None
 
 
 def save_checkpoint(t: Training, done: int) -> None:
@@ -1561,7 +1561,8 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
     others = differ & {"pictures", "names", "sizes"}
     differ = [f"{k} was {old.get(k)!r} and is now {now.get(k)!r}" for k in sorted(differ - others)]
     if others:
-        differ.append(f"the pictures in {os.path.commonpath(t.faces.paths)} are not those it saw")
+        folder = os.path.commonpath(t.faces.paths) or "."
+        differ.append(f"the pictures in {folder} are not those it saw")
     if differ:
         raise UserError(f"{t.path} comes from another run ({'; '.join(differ)}); repeat that, give "
                         f"this run another --name, or start over with --fresh.")
@@ -1648,7 +1649,14 @@ def say(world: World, text: str) -> None:
 # `set_up` makes the parts, `fit` takes the steps. Pre-training and evaluation hand it a `step` and
 # a `save` of their own.
 
-stop_asked = threading.Event()  # set by SIGTERM: a cluster takes the machine back
+stop_asked = threading.Event()  # set by SIGTERM (a cluster takes the machine back) and by Ctrl-C
+
+
+def ask_to_stop(kind: int, frame) -> None:
+    """A signal handler: the run ends after this step; at a second Ctrl-C it ends at once."""
+    if kind == signal.SIGINT and stop_asked.is_set():
+        raise KeyboardInterrupt
+    stop_asked.set()
 
 
 @dataclass
@@ -1659,8 +1667,8 @@ class Training:
         path: of the checkpoint.
         same: see `identity`.
         model: all that is saved.
-        net: the trained part of `model`, wrapped in DDP where there are several ranks.
-        optimizer: SGD over the parameters of `net`.
+        net: what is trained of `model` (in pre-training all of it), in DDP where ranks are several.
+        optimizer: SGD over the parameters of `net` that are not frozen.
         momenta: the optimiser's, in the order of its parameters.
         faces, batches: the pictures and their order.
         learning_rate: a function of the step's number, which counts from 0.
@@ -1772,8 +1780,8 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     share = min(s.batch_size, len(faces) if partial else s.batch_size) // world.size
     batch = share * world.size
     if share < 2 or batch > len(faces):
-        raise UserError(f"a step of --batch-size {s.batch_size} needs as many pictures, and 2 for "
-                        f"each of {world.size} processes (BatchNorm); {data} has {len(faces)}.")
+        raise UserError(f"--batch-size {s.batch_size} must be at least 2 for each of {world.size} "
+                        f"processes (BatchNorm), and at most the {len(faces)} pictures of {data}.")
     batches = Batches(len(faces), batch, s.seed, world, partial, weights)
     batches.last = s.steps or s.epochs * batches.per_epoch
 
@@ -1795,6 +1803,8 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     broadcast(world, [*model.state_dict().values(), *momenta])  # rank 0's, to all ranks
     if batches.first >= batches.last:
         told = f"complete after {batches.first:,}; --fresh would start over"
+    if batches.first and s.init and not s.eval:
+        told += "; --init is ignored"
     say(world, f"{path}: {len(faces):,} pictures of {data}, {batches.last:,} steps of {batch} "
                f"images ({world.size} × {share} on {world.device.type}), learning rate "
                f"{s.lr * batch / 256:g}; {told}")
@@ -1860,8 +1870,8 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
         UserError: fewer than two classes, or one without pictures."""
     classes = sorted(p.name for p in folder.glob("[!._]*") if p.is_dir())
     if len(classes) < 2:
-        raise UserError(f"{folder} needs a folder of pictures for each of two or more classes; an "
-                        f"evaluation reads train/CLASS/ and val/CLASS/.")
+        raise UserError(f"{folder} needs folders of pictures for two or more classes; give --data "
+                        f"a folder with train/CLASS/ and val/CLASS/.")
     paths = [p for p in find_pictures(folder) if Path(p).relative_to(folder).parts[0] in classes]
     labels = [classes.index(Path(p).relative_to(folder).parts[0]) for p in paths]
     for label in set(range(len(classes))) - set(labels):
@@ -1988,6 +1998,7 @@ def outputs_of(s: Settings, world: World, net: nn.Module, faces: Faces,
         UserError: a picture cannot be read, or the run was told to stop."""
     batches, found = BatchSampler([(0, i, i) for i in range(len(faces))], 256, False), []
     loading = make_loader(s, world, faces, batches)
+    say(world, f"{len(faces):,} pictures of {os.path.commonpath(faces.paths)} go through the net")
     broadcast(world, net.state_dict().values())
     for batch in watched(world, loading, 0, len(batches), 256, {}):
         batch = {k: v.to(world.device) for k, v in batch.items()}
@@ -2060,7 +2071,9 @@ def summary(guess: Tensor, labels: Tensor, classes: list[str]) -> dict:
 
 
 def linear_result(s: Settings, world: World) -> Path:
-    """The run's linear classifier on the data it was pre-trained on, for fine-tuning. (Sec. B.3)
+    """The run's linear classifier, for fine-tuning. (Sec. B.3)
+
+    It is of the data that the run was pre-trained on or, if that has no labels, of the given data.
 
     It is made first where it is missing or of another backbone.
 
@@ -2068,9 +2081,11 @@ def linear_result(s: Settings, world: World) -> Path:
         its path.
     Raises:
         UserError: see `evaluate`."""
+    data = from_rank0(world, lambda: run_settings(s.name).get("data", s.data))
+    if not (find_data(data) / "val").is_dir():  # pre-trained on pictures without labels
+        data = s.data
     own = from_rank0(world, lambda: read_settings(dict(
-        eval="linear", name=s.name, workers=s.workers,
-        data=run_settings(s.name).get("data", s.data))))
+        eval="linear", name=s.name, workers=s.workers, data=data)))
     folder = Path("runs", s.name)
     path = folder / f"linear-{data_name(own.data)}.pt"
 
@@ -2356,13 +2371,14 @@ def checked(s: Settings) -> Settings:
         option, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
         low, high, names = (f.metadata[k] for k in ("low", "high", "choices"))
         if names and value and value not in names:
-            raise UserError(f"{option} {value} is not one of {', '.join(names)}; other methods are "
-                            f"in data/baselines.py, and a part of your own in its own script.")
+            hint = ("; other methods are in data/baselines.py, a part of your own in its own script"
+                    if f.name in ("arch", "gfl", "ffl") else "")
+            raise UserError(f"{option} {value} is not one of {', '.join(names)}{hint}.")
         if low is not None and not low <= value <= high:
-            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            bounds = f"at least {low:,}" if high == math.inf else f"from {low:,} to {high:,}"
             raise UserError(f"{option} must be {bounds}, not {value}.")
     if s.labels != Settings.labels and s.eval != "semi" or s.oversample and not s.eval:
-        raise UserError("--labels is for --eval semi, --oversample for an evaluation: drop it.")
+        raise UserError("--labels needs --eval semi, and --oversample needs --eval.")
     if not s.epochs and not s.steps and s.eval != "linear":
         raise UserError("--epochs 0 is for --eval linear; give 1 or more.")
     if Path(s.name).name != s.name or s.name == "..":
@@ -2453,7 +2469,7 @@ def explained(error: Exception) -> tuple[str, int]:
     """What to tell of an error that is no UserError, and the exit code: a sentence where a user can
     mend it, else its traceback."""
     text = str(error)
-    if re.search("out of memory|not enough memory|ALLOC_FAILED", text):
+    if re.search("out of memory|not enough memory|t allocate memory|ALLOC_FAILED", text):
         return ("out of memory: give a smaller --batch-size, or more GPUs. By a trace, the paper's "
                 "setting needs 28 GiB for 256 images a process, and 11 GiB for 85.", 2)
     if re.search("shared memory|Bus error|/torch_|worker.*(exited|killed)", text):
@@ -2473,12 +2489,14 @@ def program(name: str, run: Callable[[], None]) -> int:
         name: of the program, for its messages.
         run: what it does.
     Returns:
-        the exit code: 0; 2 after a UserError, 143 when stopped by SIGTERM, 130 by Ctrl-C; 1 when
-        another process has failed, or for a fault of the program itself, with its traceback."""
+        the exit code: 0; 2 after a UserError; 143 when stopped by SIGTERM or Ctrl-C, 130 by a
+        second Ctrl-C; 1 when another process has failed, or for a fault of the program itself."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without × is no reason to stop
-    before = signal.signal(signal.SIGTERM, lambda *_: stop_asked.set())
+    kinds = [kind for kind in (signal.SIGTERM, signal.SIGINT)
+             if signal.getsignal(kind) != signal.SIG_IGN]  # as nohup and `&` in a script set it
+    before = [signal.signal(kind, ask_to_stop) for kind in kinds]
     told, code = "", 0
     try:
         run()
@@ -2487,14 +2505,15 @@ def program(name: str, run: Callable[[], None]) -> int:
             told = str(error).rstrip().split("UserError: ")[-1]  # after a worker's traceback
         code = error.code if isinstance(error, UserError) else 2
     except KeyboardInterrupt:
-        told, code = ("interrupted; a run resumes from its last checkpoint by the same command "
-                      "(without --fresh).", 130)
+        told, code = ("interrupted at once; a run resumes from its last checkpoint, if it has one, "
+                      "by the same command (without --fresh).", 130)
     except Exception as error:
         told, code = explained(error)
     with contextlib.suppress(OSError, ValueError):
         if told:
             print(f"\n{name}: {told}", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGTERM, before)
+    for kind, handler in zip(kinds, before):
+        signal.signal(kind, handler)
     stop_asked.clear()
     # Loader workers ignore SIGTERM, and Python would wait for them. Their end is no news any more.
     if hasattr(signal, "SIGCHLD"):  # Windows has none

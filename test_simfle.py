@@ -1963,8 +1963,8 @@ def test_evaluations_that_cannot_be_get_a_sentence(trained, tmp_path, monkeypatc
             ([*new, "--eval", "finetune", "--name", "nothing"], "is missing, from which"),
             ([*new, "--eval", "--init", "no.pt"], "no.pt is missing, from which this starts"),
             ([*new, "--eval", "finetune", "--init", "runs/colours/backbone.pt"], "has no head"),
-            ([*new, "--oversample"], "--oversample for an evaluation"),
-            ([*new, "--eval", "--labels", "0.5"], "--labels is for --eval semi,"),
+            ([*new, "--oversample"], "--oversample needs --eval"),
+            ([*new, "--eval", "--labels", "0.5"], "--labels needs --eval semi"),
             ([*new, "--eval", "--init", "imagenet"], "no ImageNet weights for --arch small"),
             ([*new, "--eval", "cubic"], "--eval cubic is not one of"),
             ([*new, "--eval", "semi", "--labels", "1.5"], "--labels must be from 1e-06 to 1"),
@@ -2045,10 +2045,10 @@ def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch
     (["--alpha", "-0.1"], "--alpha must be at least 0, not -0.1"),
     (["--lr", "nan"], "--lr must be at least 0, not nan"),
     (["--epochs", "0"], "--epochs 0 is for --eval linear"),
-    (["--batch-size", "1"], "needs as many pictures, and 2 for each of 1 processes"),
-    (["--batch-size", "1000"], "a step of --batch-size 1000 needs as many pictures"),
-    (["--labels", "0.1", "--eval"], "--labels is for --eval semi"),
-    (["--oversample"], "--oversample for an evaluation"),
+    (["--batch-size", "1"], "must be at least 2 for each of 1 processes"),
+    (["--batch-size", "1000"], "--batch-size 1000 must be at least 2 for each of 1 processes"),
+    (["--labels", "0.1", "--eval"], "--labels needs --eval semi"),
+    (["--oversample"], "--oversample needs --eval"),
     (["--name", "../up"], "one folder's name"),
     (["--name", ".."], "one folder's name"),
     (["--ffl", "none", "--connection", "direct"], "nothing to connect"),
@@ -2455,7 +2455,7 @@ def test_a_removed_log_and_a_restart_with_fresh_cost_nothing(toy, tmp_path, monk
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # as torchrun --max-restarts does
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "resumes after step 2\n" in out and "interrupted; a run resumes" in err
+    assert "resumes after step 2\n" in out and "interrupted at once" in err
     assert [*logged(tmp_path / "runs/r")] == [3, 5]
 
 
@@ -2580,7 +2580,8 @@ def test_too_little_shared_memory_is_one_sentence_and_hangs_nowhere(trained, tmp
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried")])
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 822083584 bytes"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 822083584")])
 def test_out_of_memory_names_the_batch_size(error, toy, tmp_path, monkeypatch, capsys):
     def fails(self, *args):
         raise error
@@ -2663,6 +2664,40 @@ def test_a_folder_that_cannot_be_entered_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match="closed"):
         S.find_pictures(tmp_path)
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(toy, tmp_path, monkeypatch, capsys):
+    args = ["--data", toy, *TINY, "--steps", "3", "--workers", "0"]
+    reduced, presses = S.reduced, [1]
+
+    def pressed(*args):
+        for _ in range(presses[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+        return reduced(*args)
+
+    monkeypatch.setattr(S, "reduced", pressed)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 143
+    assert "stopped after step 1 of 3; the same command" in capsys.readouterr().err
+    presses[0] = 2
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 130
+    out, err = capsys.readouterr()
+    assert "resumes after step 1" in out and "interrupted at once" in err
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # it is back
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a process that a script has sent behind
+    presses[0] = 3
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_on_pictures_without_labels_is_fine_tuned_on_others(trained, toy, tmp_path,
+                                                                  monkeypatch):
+    assert in_process("--data", toy / "train/0_neutral", "--name", "loose", *TINY, "--batch-size",
+                      "4", "--steps", "1", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    args = ["--data", trained / "colours", "--name", "loose", *PLAIN, "finetune", "--steps", "1"]
+    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert {p.name for p in (tmp_path / "runs/loose").glob("*.pt")} >= {
+        "linear-colours.pt", "finetune-colours-steps-1.pt"}
 
 
 def test_main_takes_paths_and_numbers(toy, tmp_path, monkeypatch):
@@ -3181,9 +3216,9 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
         text(tmp_path / f"runs/{name}/eval-linear-faces.json", json.dumps(dict(accuracy=accuracy)))
     seen = {}
     monkeypatch.setattr(D, "plot", lambda title, curve: seen.update({title: curve}))
-    D.figure_sweep("alpha", base | dict(alpha=0.2))
+    D.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
     assert list(seen.values()) == [[(0.2, 40.0), (0.3, 45.0)]] and "against alpha" in str(seen)
-    assert D.figure_sweep("beta", base | dict(alpha=0.2)) is None
+    assert D.figure_sweep("beta", base | dict(alpha=0.2), "faces") is None
 
 
 def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_path, monkeypatch,
@@ -3208,7 +3243,8 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     nn.init.zeros_(net.fc.weight)
     net.fc.bias.data = torch.tensor([1.0, 0.0, 0.0])
     saved_classifier(trained / "constant.pt", net, ["0_a", "1_b", "2_c"], 32)
-    assert D.main(["colours", "--init", "constant.pt"]) == 0 and (folder / "mistakes.png").exists()
+    assert D.main(["colours", "--init", "constant.pt"]) == 0
+    assert (folder / "mistakes-constant.png").exists()  # beside the run's own
     assert len(sheets["Taken"]) == 8 and {k for _, k in sheets["Taken"]} == {"1_b", "2_c"}
     assert sheets["looks"] == ["colours\nconstant"]
     assert D.main(["colours", "--init", "random"]) == 0

@@ -17,14 +17,15 @@ import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import simfle  # before torch, whose log it quietens
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import simfle
 from simfle import Backbone, Stream, ema_update, full_precision, mlp, promote, similarity_loss
 
 

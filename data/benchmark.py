@@ -17,12 +17,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import baselines  # noqa: F401  (its methods can be timed too)
-import simfle
+import simfle  # before torch, whose log it quietens
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @contextlib.contextmanager

@@ -243,10 +243,10 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
                       f"{result['mean_accuracy']:.2f} %, {result['images']} images")
 
 
-def figure_sweep(key: str, own: dict) -> Image.Image | None:
-    """Linear accuracy against α or β: for each value the mean over the runs that were pre-trained
-    as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
-    points, data = defaultdict(list), simfle.data_name(own["data"])
+def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
+    """Linear accuracy on `data` against α or β: for each value the mean over the runs that were
+    pre-trained as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
+    points = defaultdict(list)
     same = {f.name for f in fields(simfle.Settings) if not f.metadata["free"]} - {key, "seed"}
     same |= {"lr", "weight_decay", "batch_size", "epochs", "steps", "init"}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
@@ -288,14 +288,18 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
     """Names and pictures of all that there is to draw; None for what there is too little of."""
     run, untrained = Path("runs", args.run), args.init == "random"
     model, pictures, looks = simfle.build_model(s).eval(), some_pictures(folder, s.seed, 512), {}
-    if not untrained:
+    if not untrained and not args.data:  # what does not depend on the pictures
         logs = {name: read_log(name) for name in (args.run, *args.compare)}
         yield "curves", figure_curves(logs[args.run])
         yield "refinement", figure_refinement(logs)
         for path in sorted(run.glob("eval-*.json")):
-            name = path.stem.removeprefix("eval-")
-            yield f"confusion-{name}", figure_confusion(json.loads(path.read_bytes()), name)
-        yield from ((key, figure_sweep(key, vars(s))) for key in ("alpha", "beta"))
+            name, result = path.stem.removeprefix("eval-"), json.loads(path.read_bytes())
+            yield f"confusion-{name}", figure_confusion(result, name)
+            data = simfle.data_name(result["settings"]["data"])
+            if name == f"linear-{data}":
+                for key in ("alpha", "beta"):
+                    yield f"{key}-{data}", figure_sweep(key, vars(s), data)
+    if not untrained:
         path = run / "checkpoint.pt"
         simfle.load_weights(path, model, simfle.load_file(path)["model"])
     if model.ffl is not None:
@@ -324,7 +328,7 @@ def draw(args: argparse.Namespace) -> None:
             raise simfle.UserError(f"no run {name} with a checkpoint; runs/ has {there or 'none'}.")
     s = simfle.checked(simfle.Settings(**simfle.run_settings(args.run)))
     folder, target = simfle.find_data(args.data or s.data), Path("runs", args.run, "figures")
-    suffix = "-untrained" if args.init == "random" else ""
+    suffix = "-untrained" if args.init == "random" else f"-{Path(args.init).stem}" * bool(args.init)
     suffix += f"-{simfle.data_name(args.data)}" if args.data else ""  # beside the run's own
     target.mkdir(parents=True, exist_ok=True)
     for name, picture in figures_of(args, s, folder):
