@@ -32,9 +32,9 @@ One step, with B images (sg: no gradient)
     mask = the 37 patches with the lowest scores           (B, 49) 0 kept, 1 masked
     tokens = encoder(class token, the 12 kept patches)     (B, 13, 768)
     L_r = mean squared error of decoder(tokens) on the masked patches
-        + 0.02 · 2048 · refinement(a, errors)              value 0: it is there for its gradient
+        + 0.02 · 2048 · refinement(a, errors)              its value is 0; its gradient moves a
     z_m, z_v1, z_v2 = distil_m(mean of the 12 tokens), distil_v(h1), distil_v(h2)     (B, 256)
-    L_d = t² · sum of KL(softmax(sg(mean of the z)/t) ‖ softmax(z_i/t))
+    z̄ = sg(mean of z_m, z_v1, z_v2);  L_d = t² · sum of KL(softmax(z̄/t) ‖ softmax(z_i/t))
     (L_s + L_r + 0.3 L_d + 0.03 L_g).backward(); optimizer.step()
     target = 0.99 target + 0.01 online                     without the predictor
 
@@ -508,10 +508,10 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # gradient, and in the authors' code L_r never reaches the scores.
 #
 # Ours is a surrogate: a gradient that we write down ourselves, since the sort has none. It is a
-# hypothesis that it does what the paper claims. Take the masked patches of an image. The score of
+# hypothesis that masks then spare what is hard. Take the masked patches of an image. The score of
 # one that is harder than their mean should increase, that of an easier one should decrease. The
-# mask itself stays hard. For the gradient alone, a sigmoid of the distance to the threshold stands
-# in:
+# mask itself stays hard. For the gradient alone, it is replaced by a sigmoid of how far a score
+# lies below the lowest kept one:
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
@@ -532,7 +532,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
-    """A zero whose gradient raises the scores of hard masked patches. (Sec. 3.2; ours)
+    """A term of value 0; descending its gradient refines the masking. (Sec. 3.2; ours)
 
     By hand, four patches: a = (3, 2, 1, 0), the first is kept, the others have errors 4, 1, 7. Then
     r = (1.16, 0.39, −0.39, −1.16) and ē = 4. Gradient descent moves r along (0, 0, −0.145, +0.081):
@@ -542,7 +542,8 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
     Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
     They do, by +0.56, +0.77, +0.76 on toy faces and by +0.37, +0.69, +0.44 on photographs (--preset
     laptop --steps 500, seeds 0 to 2). This alone does not show that the
-    term is the cause. (With κ = 0, a frozen backbone, 400 steps, one seed: −0.20 and −0.13.) What
+    term is the cause. (Without it, with a frozen backbone, 400 steps, one seed, the correlation was
+    −0.20 on toy faces and −0.13 on photographs.) What
     the term does to accuracy has not been measured.
 
     Args:
@@ -570,10 +571,10 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
 
 
 # ===== 3.2 FaceMAE =====
-# A masked autoencoder. A ViT encodes the 12 visible patches, and a smaller one guesses the 37
-# others from them. That takes knowing how the parts of a face belong together. Its image is the
-# whole picture, resized and not augmented: the paper calls I "the input facial image", and only v1
-# and v2 are augmented.
+# A masked autoencoder. A ViT encodes the 12 visible patches. From them a smaller one guesses all
+# patches, of which the 37 masked ones count. That takes knowing how the parts of a face belong
+# together. Its image is the whole picture, resized and not augmented: the paper calls I "the input
+# facial image", and only v1 and v2 are augmented.
 
 PIXEL_EPS = 1e-6  # added to a patch's variance, which could be 0
 
@@ -749,8 +750,8 @@ class FaceMAE(nn.Module):
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
         # L_g and the refinement both train the grouping layer, and neither may drown the other. A
-        # score sums c′/N_g channels and is standardised, so one channel's share of it, and its
-        # gradient, shrink like 1/c′. L_g's gradient does not. The factor c′ keeps their ratio.
+        # score sums c′/N_g channels and is standardised. So the more channels, the smaller the
+        # refinement's gradient to each one, like 1/c′. L_g's does not shrink. Hence the factor c′.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error.detach() * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -773,8 +774,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
     The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
     distributions; with t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
-    nothing: through z̄ the gradients of the three KL terms cancel, since the mean log-softmax of
-    the z_i is z̄'s plus a constant.
+    nothing: the mean of the three log-softmaxes differs from z̄'s log-softmax only by a number, the
+    same in every coordinate. So through z̄ the gradients of the three KL terms cancel.
 
     Args:
         zs: z_m, z_v1, z_v2, (B, 256) each.
@@ -809,7 +810,7 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #     step 1    3.79    1.77    0.131    287    0.047
 #     the end   1.67    0.61    0.061    280    0.047
 #
-# L_s starts near 4: for two unrelated directions 2 − 2·cos is about 2, and there are two orders.
+# L_s starts near 4: for two unrelated directions 2 − 2·cos is about 2, and L_s adds two such terms.
 # β L_g is 8.6 at first, more than all other terms together. It trains the grouping layer alone, so
 # it takes nothing from the backbone's losses. In a collapse `spread` falls to 0, and L_s with it.
 
@@ -906,7 +907,7 @@ class GFLAlone(nn.Module):
 
 
 class DirectSimFLE(GFLAlone):
-    """Both branches on one backbone, without distillation. (Table 3 b, as we read it)
+    """Both branches train the backbone, without distillation. (Table 3 b, as we read it)
 
     The map X keeps its gradient. So L_g and the refinement train the backbone too, through the
     grouping layer. With κ = 0 only L_g does: L_r does not reach the map then.
@@ -1431,11 +1432,11 @@ def ignore_signals(worker: int) -> None:
 
 
 # ===== Checkpoints =====
-# A run may be killed at any moment. Resumed by as many ranks, it goes on as if nothing had
-# happened, on CPUs to the last bit. So files are written whole, and lines of the log that are later
-# than the checkpoint are taken back. `identity` says what must be equal to resume: the pictures,
-# the images of a step (ranks × ⌊batch size/ranks⌋), and all settings that are not marked `free`.
-# Free are learning rate, weight decay, length and what does not touch the result, such as workers.
+# A run may be killed at any moment. With the same number of ranks its weights are, once resumed, as
+# if nothing had happened, on CPUs to the last bit. So files are written whole, and lines of the log
+# that are later than the checkpoint are taken back. `identity` says what must be equal to resume:
+# the pictures, the images of a step (ranks × ⌊batch size/ranks⌋), and all settings that are not
+# marked `free`, such as learning rate, weight decay, length and workers.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1670,7 +1671,7 @@ class Training:
         path: of the checkpoint.
         same: see `identity`.
         model: all that is saved.
-        net: what is trained of `model` (in pre-training itself), in DDP where ranks are several.
+        net: `model`, or the part of it that is trained, in DDP where there are several ranks.
         optimizer: SGD over the parameters of `net` that are not frozen.
         momenta: the optimiser's, in the order of its parameters.
         faces, batches: the pictures and their order.
@@ -1693,8 +1694,9 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
 
     Args:
         step: the forward pass. It takes a batch on the device and returns a dict of tensors: the
-            scalar `loss`, with gradient; other scalars; vectors. Logged are a step's own scalars,
-            and the vectors' sums over ranks and steps since the last line, or since resuming.
+            scalar `loss`, with gradient; other scalars; vectors. A line of the log has its step's
+            scalars, means over the ranks, and the vectors' sums over ranks and steps since the line
+            before, or since resuming.
         save: writes the checkpoint; takes the number of steps done.
         shown: which scalars the status line shows.
     Raises:
@@ -2299,8 +2301,8 @@ class Settings:
     patch: int = setting(16, "pixels a side of a patch (4.1)", 1)
     vit: str = setting("base", "autoencoder: base as in MAE (4.1), or tiny (ours)", choices=VITS)
     norm_pix: bool = setting(True, "normalise the autoencoder's pixels patch by patch (MAE)")
-    alpha: float = setting(0.3, "weight of L_d (4.3)", 0)
-    beta: float = setting(0.03, "weight of L_g (4.3)", 0)
+    alpha: float = setting(0.3, "weight of L_d, t² times Eq. 5 (4.3)", 0)
+    beta: float = setting(0.03, "weight of L_g, Eq. 2 over c′ (4.3)", 0)
     temperature: float = setting(4.0, "of the distillation's softmax (3.3)", 1e-3)
     # Evaluation
     eval: str = setting("", "evaluate by linear (the default), semi or finetune (B)", free=True,
