@@ -1435,8 +1435,8 @@ def ignore_signals(worker: int) -> None:
 # A run may be killed at any moment. With the same number of ranks its weights are, once resumed, as
 # if nothing had happened, on CPUs to the last bit. So files are written whole, and lines of the log
 # that are later than the checkpoint are taken back. `identity` says what must be equal to resume:
-# the pictures, the images of a step (ranks × ⌊batch size/ranks⌋), and all settings that are not
-# marked `free`, such as learning rate, weight decay, length and workers.
+# the pictures, the images of a step (ranks × ⌊batch size/ranks⌋), and all settings not marked
+# `free`. Those marked `free` may change: learning rate, weight decay, length, workers, for example.
 
 
 def write_whole(path: Path, write) -> None:
@@ -1457,7 +1457,7 @@ def write_whole(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
         part.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({error}); what stood there before is "
-                        f"intact: make room, and start the same command again.") from None
+                        f"intact: make room, and give the same command (without --fresh).") from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1720,8 +1720,8 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
         if not math.isfinite(values["loss"] + values["gradient"]):
             numbers = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
             raise UserError(f"loss or gradient not finite in step {i + 1:,} ({numbers}): the step "
-                            f"was not taken. The same command with a lower --lr resumes from the "
-                            f"last checkpoint, or starts over where there is none.")
+                            f"was not taken. The same command with a lower --lr (without --fresh) "
+                            f"resumes from the last checkpoint, or starts over without one.")
         t.optimizer.step()
         t.optimizer.zero_grad(set_to_none=False)  # the gradients' memory is kept for the next step
         if hasattr(t.model, "update"):
