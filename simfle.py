@@ -1457,7 +1457,7 @@ def write_whole(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
         part.unlink(missing_ok=True)
         raise UserError(f"{path} could not be written ({error}); what stood there before is "
-                        f"intact: make room, and give the same command (without --fresh).") from None
+                        f"intact: make room, and repeat the command (without --fresh).") from None
 
 
 def write_json(path: Path, content: dict) -> None:
