@@ -1449,6 +1449,7 @@ def write_whole(path: Path, write) -> None:
         UserError: the disk is full, or not to be written to."""
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             write(file)
             file.flush()

@@ -1567,6 +1567,12 @@ def test_the_laptops_linear_evaluation_is_the_converged_one_and_equals_the_probe
     assert "--epochs 0 is for --eval linear" in told
 
 
+def test_an_evaluation_without_a_run_makes_its_folder(trained, tmp_path, monkeypatch):
+    args = ["--data", trained / "colours", "--preset", "laptop", "--eval", "--init", "random"]
+    assert in_process(*args, "--workers", "0", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert (tmp_path / "runs/colours/linear-colours-preset-laptop-init-random.pt").exists()
+
+
 def test_oversampling_weighs_the_classes_of_the_converged_head(trained, monkeypatch):
     seen = []
     monkeypatch.setattr(S, "converged_head", lambda x, y, mass: (
