@@ -2080,28 +2080,29 @@ def linear_result(s: Settings, world: World) -> Path:
     """The run's linear classifier, for fine-tuning. (Sec. B.3)
 
     It is of the data that the run was pre-trained on or, if that has no labels, of the given data.
-
     It is made first where it is missing or of another backbone.
 
     Returns:
         its path.
     Raises:
         UserError: see `evaluate`."""
-    data = from_rank0(world, lambda: run_settings(s.name).get("data", s.data))
-    if not (find_data(data) / "val").is_dir():  # pre-trained on pictures without labels
-        data = s.data
-    own = from_rank0(world, lambda: read_settings(dict(
-        eval="linear", name=s.name, workers=s.workers, data=data)))
     folder = Path("runs", s.name)
-    path = folder / f"linear-{data_name(own.data)}.pt"
 
-    def is_current() -> bool:
-        return path.exists() and (load_file(path).get("start")
-                                  == load_start(folder / "backbone.pt", s.arch)["start"])
+    def look() -> tuple[str, bool]:
+        """Of which data it is, and whether it is there."""
+        data = run_settings(s.name).get("data", s.data)
+        path = folder / f"linear-{data_name(data)}.pt"
+        if not path.exists() and not (find_data(data) / "val").is_dir():
+            data = s.data
+            path = folder / f"linear-{data_name(data)}.pt"
+        return data, path.exists() and (load_file(path).get("start")
+                                        == load_start(folder / "backbone.pt", s.arch)["start"])
 
-    if not from_rank0(world, is_current):
-        evaluate(own, world)
-    return path
+    data, there = from_rank0(world, look)
+    if not there:
+        own = dict(eval="linear", name=s.name, workers=s.workers, data=data)
+        evaluate(from_rank0(world, lambda: read_settings(own)), world)
+    return folder / f"linear-{data_name(data)}.pt"
 
 
 def evaluate(s: Settings, world: World) -> dict:

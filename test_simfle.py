@@ -2704,6 +2704,13 @@ def test_a_run_on_pictures_without_labels_is_fine_tuned_on_others(trained, toy, 
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
     assert {p.name for p in (tmp_path / "runs/loose").glob("*.pt")} >= {
         "linear-colours.pt", "finetune-colours-steps-1.pt"}
+    # A run whose data are elsewhere needs its linear result alone.
+    folder = tmp_path / "runs/loose"
+    stored = json.loads((folder / "settings.json").read_text())
+    text(folder / "settings.json", json.dumps(stored | {"data": "gone"}))
+    (folder / "linear-colours.pt").rename(folder / "linear-gone.pt")
+    assert in_process(*args, "--fresh", cwd=tmp_path, monkeypatch=monkeypatch) == 0
+    assert not (folder / "linear-colours.pt").exists()
 
 
 def test_main_takes_paths_and_numbers(toy, tmp_path, monkeypatch):
