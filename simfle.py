@@ -510,8 +510,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Ours is a surrogate: a gradient that we write down ourselves, since the sort has none. It is a
 # hypothesis that masks then spare what is hard. Take the masked patches of an image. The score of
 # one that is harder than their mean should increase, that of an easier one should decrease. The
-# mask itself stays hard. For the gradient alone, it is replaced by a sigmoid of how far a score
-# lies below the lowest kept one:
+# mask itself stays hard. A soft one stands in for the gradient alone. It is a sigmoid of how far a
+# score lies below the lowest kept one.
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
@@ -540,10 +540,9 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
     standardising couples the scores.
 
     Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
-    They do, by +0.56, +0.77, +0.76 on toy faces and by +0.37, +0.69, +0.44 on photographs (--preset
-    laptop --steps 500, seeds 0 to 2). This alone does not show that the
-    term is the cause. (Without it, with a frozen backbone, 400 steps, one seed, the correlation was
-    −0.20 on toy faces and −0.13 on photographs.) What
+    With three seeds they did, by +0.56, +0.77, +0.76 on toy faces and +0.37, +0.69, +0.44 on
+    photographs. (--preset laptop --steps 500.) This alone does not show that the term is the cause.
+    Without it the correlation was −0.20 and −0.13. (A frozen backbone, 400 steps, one seed.) What
     the term does to accuracy has not been measured.
 
     Args:
@@ -773,7 +772,7 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     Departure 7. Paper: KL(ψ(z_i/t), ψ(z̄/t)), without t²; which of the two is the reference, and
     what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
     The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
-    distributions; with t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
+    distributions. With t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
     nothing: the mean of the three log-softmaxes differs from z̄'s log-softmax only by a number, the
     same in every coordinate. So through z̄ the gradients of the three KL terms cancel.
 
@@ -795,7 +794,7 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 
 
 # ===== 3.3 Total loss =====
-# Who trains whom ("–" is no gradient at all; a test holds this table):
+# Who trains whom; "–" is no gradient at all. (A test holds this table.)
 #
 #           backbone   projector, predictor   grouping layer   encoder   decoder   distil heads
 #     L_s   yes        yes                    –                –         –         –
@@ -803,8 +802,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #     L_d   yes        –                      –                yes       –         yes
 #     L_g   –          –                      yes              –         –         –
 #
-# What a run shows where all is well. (ResNet-50, 13,292 photographs, batch 16, 60 steps, learning
-# rate from 0.003 to 0, seed 0, fp32. The second row is the mean of the last ten steps.)
+# What a run shows where all is well, at first and as the mean of the last ten steps. (ResNet-50,
+# 13,292 photographs, batch 16, 60 steps, learning rate from 0.003 to 0, seed 0, fp32.)
 #
 #               L_s     L_r     L_d      L_g    spread
 #     step 1    3.79    1.77    0.131    287    0.047
@@ -969,8 +968,8 @@ def generator_of(*key) -> torch.Generator:
 # A loader worker decodes a picture, crops and resizes it, and hands over uint8. Flip, colours, blur
 # and normalisation follow on the whole batch, on its device.
 #
-# Every random choice is seeded: weights by the seed, the order of the pictures by (seed, epoch),
-# crops by (seed, epoch, place in the epoch), all that a step draws by (seed, step, rank). So the
+# Every random choice is seeded. Weights are by the seed, the order of pictures by (seed, epoch).
+# Crops are by (seed, epoch, place in the epoch), what a step draws by (seed, step, rank). So the
 # number of workers changes nothing, and a checkpoint needs no state of a generator. Another number
 # of ranks draws other colours and masks. (A rank is one of the W processes of a run.)
 
@@ -981,8 +980,7 @@ NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, but 
 def find_data(name: str) -> Path:
     """The folder that --data means: a path, or a folder of that name in data/.
 
-    Raises:
-        UserError: there is none; it tells which there are."""
+    Raises UserError: there is none; it tells which there are."""
     for folder in (Path(name), HERE / "data" / name):
         if name and folder.is_dir():
             return folder
@@ -999,10 +997,8 @@ def colours_of(folder: Path) -> tuple[list[float], list[float]]:
 
     Args:
         folder: of the dataset.
-    Returns:
-        mean and standard deviation of the three channels, of pixels in [0, 1].
-    Raises:
-        UserError: stats.json does not hold them."""
+    Returns: mean and standard deviation of the three channels, of pixels in [0, 1].
+    Raises UserError: stats.json does not hold them."""
     path = folder / "stats.json"
     if not path.exists():
         return MEAN, STD
@@ -1021,9 +1017,7 @@ def find_pictures(folder: Path) -> list[str]:
     A picture is a file with an extension that Pillow reads. Hidden files and folders are skipped.
     Rank 0 says how many other files there are.
 
-    Raises:
-        UserError: there are none.
-        OSError: a folder cannot be entered."""
+    Raises UserError: there are none. Raises OSError: a folder cannot be entered."""
     readable = {e for e, kind in Image.registered_extensions().items()
                 if kind in Image.OPEN and kind not in NO_PICTURES}
     found, others = [], 0
@@ -1096,8 +1090,7 @@ class Faces(Dataset):
     def read(self, index: int) -> tuple[Tensor, int]:
         """A picture (3, H, W) uint8, this one or the next that can be read, and its index.
 
-        Raises:
-            UserError: 64 in a row cannot be read; without crops, this one cannot."""
+        Raises UserError: 64 in a row cannot be read; without crops, this one cannot."""
         for i in range(index, index + (64 if self.crops else 1)):
             i %= len(self)
             try:
@@ -1142,8 +1135,7 @@ class Batches:
             that all ranks get equal shares, and dropped if these are below two.
         weights: (images,), for oversampling: an epoch then draws `images` pictures with
             replacement, in proportion to the weights.
-    Yields:
-        lists of keys of `Faces`."""
+    Yields: lists of keys of `Faces`."""
     def __init__(self, images: int, batch: int, seed: int, world: World, partial: bool = False,
                  weights: Tensor | None = None):
         self.images, self.batch, self.seed, self.world = images, batch, seed, world
@@ -1225,8 +1217,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
         x: (B, 3, H, W).
         sigma: standard deviation in pixels, (B,); 0 leaves an image as it is.
         kernel: taps, odd.
-    Returns:
-        the shape of x."""
+    Returns: the shape of x."""
     tap = torch.arange(kernel, device=x.device) - kernel // 2
     weight = torch.exp(-0.5 * (tap / sigma.clamp(min=1e-3)[:, None]).square())  # (B, 23)
     weight = weight / weight.sum(dim=1, keepdim=True)
@@ -1246,8 +1237,7 @@ def normalise(x: Tensor, colours=(MEAN, STD)) -> Tensor:
     Args:
         x: (B, 3, H, W), uint8 or floating point in [0, 1].
         colours: mean and standard deviation of the three channels, of pixels in [0, 1].
-    Returns:
-        (B, 3, H, W), floating point, channels last in memory."""
+    Returns: (B, 3, H, W), floating point, channels last in memory."""
     x = x / 255 if x.dtype == torch.uint8 else x
     mean, std = colours  # plain numbers: a tensor of them would be copied, and waited for
     x = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
@@ -1265,8 +1255,7 @@ def augment(x: Tensor, colours=(MEAN, STD)) -> Tensor:
     Args:
         x: square crops (B, 3, H, H), uint8.
         colours: mean and standard deviation of the three channels, of pixels in [0, 1].
-    Returns:
-        (B, 3, H, H), normalised, fp32, channels last in memory, without gradient.
+    Returns: (B, 3, H, H), normalised, fp32, channels last in memory, without gradient.
 
         x = torch.randint(256, (8, 3, 224, 224), dtype=torch.uint8)  # crops, as they were cut
         v1, v2 = augment(x), augment(x)
@@ -1317,10 +1306,8 @@ class World:
 def processes():
     """Joins the group that torchrun started; without torchrun it is one process without a group.
 
-    Yields:
-        a `World`.
-    Raises:
-        UserError: more processes than GPUs, or a group that was not started by torchrun."""
+    Yields: a `World`.
+    Raises UserError: more processes than GPUs, or a group that was not started by torchrun."""
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     size, local_size = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if size > 1 and "RANK" not in os.environ:
@@ -1354,10 +1341,8 @@ def from_rank0(world: World, make):
 
     Args:
         make: a function without arguments; rank 0 calls it.
-    Returns:
-        what it returned, in all ranks.
-    Raises:
-        UserError: in all ranks, where `make` raised a UserError or an OSError."""
+    Returns: what it returned, in all ranks.
+    Raises UserError: in all ranks, where `make` raised a UserError or an OSError."""
     result = [None, None]
     if world.rank == 0:
         try:
@@ -1418,8 +1403,7 @@ def make_loader(s: Settings, world: World, faces: Faces, batches) -> DataLoader:
     Args:
         s: its `workers`; −1 is this rank's share of the cores, up to 8.
         faces, batches: the dataset and its batch sampler.
-    Returns:
-        a DataLoader of dicts, as `Faces` makes them."""
+    Returns: a DataLoader of dicts, as `Faces` makes them."""
     workers = s.workers if s.workers >= 0 else min(8, max(1, cores() // world.local_size))
     return DataLoader(faces, batch_sampler=batches, num_workers=workers,
                       pin_memory=world.device.type == "cuda", worker_init_fn=ignore_signals)
@@ -1445,8 +1429,7 @@ def write_whole(path: Path, write) -> None:
     Args:
         path: the file. A temporary file takes its place once it is safe on disk.
         write: a function that fills an open binary file.
-    Raises:
-        UserError: the disk is full, or not to be written to."""
+    Raises UserError: the disk is full, or not to be written to."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1471,10 +1454,8 @@ def lock(path: Path):
 
     Args:
         path: of the checkpoint; the lock is a file beside it.
-    Returns:
-        an open file; the lock holds until it is closed or the process ends.
-    Raises:
-        UserError: another process has it."""
+    Returns: an open file; the lock holds until it is closed or the process ends.
+    Raises UserError: another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path.with_suffix(".lock"), "a")
     try:
@@ -1491,10 +1472,8 @@ def lock(path: Path):
 def load_file(path: Path) -> dict:
     """Loads a file of torch.save, without running code that it may carry.
 
-    Returns:
-        a dict; its `model`, if it has one, is a dict too.
-    Raises:
-        UserError: it is damaged, or something else."""
+    Returns: a dict; its `model`, if it has one, is a dict too.
+    Raises UserError: it is damaged, or something else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(content, dict) and isinstance(content.get("model", {}), dict):
@@ -1512,8 +1491,7 @@ def load_weights(path: str | Path, module: nn.Module, state: dict[str, Tensor]) 
         path: the file that they come from, for the message.
         module: all its parameters and buffers are replaced.
         state: a state dict.
-    Raises:
-        UserError: names or shapes do not fit."""
+    Raises UserError: names or shapes do not fit."""
     try:
         module.load_state_dict(state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -1524,15 +1502,14 @@ def load_weights(path: str | Path, module: nn.Module, state: dict[str, Tensor]) 
 def save_checkpoint(t: Training, done: int) -> None:
     """Writes all that a run needs to resume.
 
-    That is: `identity`, the steps done, the model's weights, and the optimiser's momenta in the
-    order of its parameters. (Its own state dict would overwrite a newly given weight decay.) The
-    next step's learning rate is saved too, so that a change can be told to the user.
+    That is `identity`, the steps done, the weights, and the momenta in the order of the parameters.
+    The optimiser's own state dict would overwrite a newly given weight decay. The next learning
+    rate is saved too. So a change of it can be told to the user.
 
     Args:
         t: see `Training`.
         done: steps that have been taken.
-    Raises:
-        UserError: see `write_whole`."""
+    Raises UserError: see `write_whole`."""
     content = {"same": t.same, "step": done, "rate": t.learning_rate(done),
                "model": t.model.state_dict(), "momenta": t.momenta}
     write_whole(t.path, lambda file: torch.save(content, file))
@@ -1547,8 +1524,7 @@ def load_checkpoint(t: Training, fresh: bool) -> tuple[int, str]:
     Returns:
         the steps done, 0 where the run starts; and what to tell the user. An evaluation starts over
         if the file with its initial weights (`start`, see `evaluate`) has changed.
-    Raises:
-        UserError: another process has the checkpoint, it is damaged, or it comes from another
+    Raises UserError: another process has the checkpoint, it is damaged, or it comes from another
             version, other settings or other pictures."""
     t.lock = lock(t.path)
     if fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -1591,10 +1567,8 @@ def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int
             ranks, and by their sizes on rank 0's machine.
         batch: the real batch, over all ranks: 255 for --batch-size 256 on three.
         more: what else must be equal.
-    Returns:
-        a dict of plain values.
-    Raises:
-        UserError: the machines hold different pictures."""
+    Returns: a dict of plain values.
+    Raises UserError: the machines hold different pictures."""
     names = seed_of([os.path.relpath(p, data) for p in paths])
     if from_rank0(world, lambda: names) != names:
         raise UserError(f"{data} does not hold the same pictures on all machines; copy it whole "
@@ -1700,8 +1674,7 @@ def fit(s: Settings, world: World, t: Training, step, save, shown: tuple[str, ..
             before, or since resuming.
         save: writes the checkpoint; takes the number of steps done.
         shown: which scalars the status line shows.
-    Raises:
-        UserError: loss or gradient are not finite, or the run was told to stop."""
+    Raises UserError: loss or gradient are not finite, or the run was told to stop."""
     first, last, sums, status = t.batches.first, t.batches.last, {}, {}
     log = t.path.with_name(t.path.stem.replace("checkpoint", "log", 1) + ".jsonl")
     from_rank0(world, lambda: cut_log(log, first))
@@ -1825,8 +1798,7 @@ def pretrain(s: Settings, world: World) -> None:
 
     Leaves checkpoint.pt, backbone.pt, settings.json and log.jsonl in runs/NAME/.
 
-    Raises:
-        UserError: see `set_up`, `fit` and `load_start`."""
+    Raises UserError: see `set_up`, `fit` and `load_start`."""
     data, folder = find_data(s.data), Path("runs", s.name)
     paths = find_pictures(data / "train" if (data / "train").is_dir() else data)
     faces, colours = Faces(paths, s.view_size, 2, s.ffl_size, s.crop_min, s.seed), colours_of(data)
@@ -1854,7 +1826,7 @@ def pretrain(s: Settings, world: World) -> None:
 
 
 # ================================ Part III: evaluation ================================
-# Supplement B. Only the backbone is left, with a linear layer on top. It is a torchvision ResNet.
+# Supplement B. Only the backbone is left, a torchvision ResNet, with a linear layer on top.
 #
 #     linear      B.1        trains the layer alone; backbone and BatchNorm statistics are frozen
 #     semi        B.2        trains everything, on a share of the labels
@@ -1870,10 +1842,8 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
 
     Args:
         folder: train/ or val/ of a dataset.
-    Returns:
-        the names of the classes, sorted; the paths; the labels, indices of the names.
-    Raises:
-        UserError: fewer than two classes, or one without pictures."""
+    Returns: the names of the classes, sorted; the paths; the labels, indices of the names.
+    Raises UserError: fewer than two classes, or one without pictures."""
     classes = sorted(p.name for p in folder.glob("[!._]*") if p.is_dir())
     if len(classes) < 2:
         raise UserError(f"{folder} needs folders of pictures for two or more classes; give --data "
@@ -1893,8 +1863,7 @@ def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
         labels: of all images.
         share: from 0 to 1.
         seed: of the draw.
-    Returns:
-        indices of the images, sorted."""
+    Returns: indices of the images, sorted."""
     order = torch.randperm(len(labels), generator=generator_of(seed, "labels")).tolist()
     chosen = []
     for label in set(labels):
@@ -1934,11 +1903,9 @@ def load_start(init: str | Path, arch: str) -> dict:
     Args:
         init: `imagenet`, or the path of a backbone.pt or a classifier.
         arch: the net, for ImageNet's weights.
-    Returns:
-        a dict: `model`, a ResNet's state dict without `fc`; `fc`, that of its head; `classes`,
+    Returns: a dict: `model`, a ResNet's state dict without `fc`; `fc`, that of its head; `classes`,
         of the head, or None; `start`, the file's SHA-256, or "imagenet".
-    Raises:
-        UserError: there are no such weights."""
+    Raises UserError: there are no such weights."""
     if init == "imagenet":
         try:
             saved = torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
@@ -1966,10 +1933,8 @@ def start_net(net: nn.Module, head: Head, s: Settings, init: str | Path,
         s: its `arch`, `data` and `eval`.
         init: `random`, or see `load_start`.
         classes: names of the dataset's classes.
-    Returns:
-        what the weights are known by.
-    Raises:
-        UserError: they do not fit, their classes differ, or finetune's file has no head."""
+    Returns: what the weights are known by.
+    Raises UserError: they do not fit, their classes differ, or finetune's file has no head."""
     if init == "random":
         return "random"
     saved = load_start(init, s.arch)
@@ -1998,10 +1963,8 @@ def outputs_of(s: Settings, world: World, net: nn.Module, faces: Faces,
         net: in eval mode, a module of images.
         faces: pictures with labels; their `image` is used.
         colours: see `colours_of`.
-    Returns:
-        the outputs (N, ·), fp32, and the labels (N,), on the device.
-    Raises:
-        UserError: a picture cannot be read, or the run was told to stop."""
+    Returns: the outputs (N, ·), fp32, and the labels (N,), on the device.
+    Raises UserError: a picture cannot be read, or the run was told to stop."""
     batches, found = BatchSampler([(0, i, i) for i in range(len(faces))], 256, False), []
     loading = make_loader(s, world, faces, batches)
     say(world, f"{len(faces):,} pictures of {os.path.commonpath(faces.paths)} go through the net")
@@ -2034,10 +1997,8 @@ def converged_head(x: Tensor, y: Tensor, mass: Tensor,
         y: labels (N,).
         mass: the weight of an image of each class, (classes,).
         strength: of the L2 penalty.
-    Returns:
-        weights (classes, c′) and bias (classes,), float64, for features as they are.
-    Raises:
-        UserError: features are not finite."""
+    Returns: weights (classes, c′) and bias (classes,), float64, for features as they are.
+    Raises UserError: features are not finite."""
     x, mass = x.double(), mass.double()
     if not x.isfinite().all():
         raise UserError("the backbone's features are not finite; give one that is trained well.")
@@ -2082,10 +2043,8 @@ def linear_result(s: Settings, world: World) -> Path:
     It is of the data that the run was pre-trained on or, if that has no labels, of the given data.
     It is made first where it is missing or of another backbone.
 
-    Returns:
-        its path.
-    Raises:
-        UserError: see `evaluate`."""
+    Returns: its path.
+    Raises UserError: see `evaluate`."""
     folder = Path("runs", s.name)
 
     def look() -> tuple[str, bool]:
@@ -2112,10 +2071,8 @@ def evaluate(s: Settings, world: World) -> dict:
     folder, and where it has been trained by steps a checkpoint and a log. Options that differ from
     the protocol's are added to the names.
 
-    Returns:
-        `summary` of the test pictures, and how it came about.
-    Raises:
-        UserError: see `labelled_pictures`, `start_net`, `set_up`, `fit` and `outputs_of`."""
+    Returns: `summary` of the test pictures, and how it came about.
+    Raises UserError: see `labelled_pictures`, `start_net`, `set_up`, `fit` and `outputs_of`."""
     data, folder = find_data(s.data), Path("runs", s.name)
     classes, paths, labels = labelled_pictures(data / "train")
     same, val_paths, val_labels = labelled_pictures(data / "val")
@@ -2325,10 +2282,8 @@ IN_NAMES = ("preset", "labels", "init", "oversample", "seed", "epochs", "steps",
 def read_arguments(argv: list[str] | None = None) -> dict:
     """Reads the command line.
 
-    Returns:
-        the options that were given, and no more.
-    Raises:
-        UserError: an option is unknown or no number."""
+    Returns: the options that were given, and no more.
+    Raises UserError: an option is unknown or no number."""
     def complain(message: str):
         launch = "start several processes with torchrun" if "--local" in message else (
             "`python simfle.py --help` lists the options")
@@ -2352,8 +2307,7 @@ def read_arguments(argv: list[str] | None = None) -> dict:
 def read_settings(args: dict) -> Settings:
     """The arguments, on top of the preset, the protocol and the evaluated run.
 
-    Raises:
-        UserError: see `checked`."""
+    Raises UserError: see `checked`."""
     protocol, name = args.get("eval", ""), args.get("name", "")
     trained = run_settings(name or data_name(args.get("data", "toy"))) if protocol else {}
     data = args["data"] if "data" in args else trained.get("data", "toy")
@@ -2372,8 +2326,7 @@ def read_settings(args: dict) -> Settings:
 def checked(s: Settings) -> Settings:
     """Returns the same settings.
 
-    Raises:
-        UserError: they cannot work; nothing has been loaded yet."""
+    Raises UserError: they cannot work; nothing has been loaded yet."""
     for f in fields(s)[:-1]:
         option, value = "--" + f.name.replace("_", "-"), getattr(s, f.name)
         low, high, names = (f.metadata[k] for k in ("low", "high", "choices"))
@@ -2407,8 +2360,7 @@ def build_model(s: Settings, start: dict | None = None) -> nn.Module:
     Args:
         s: see `Settings`.
         start: a ResNet's state dict without `fc`, for the backbone.
-    Raises:
-        UserError: sizes do not fit together, or `start` does not fit the net."""
+    Raises UserError: sizes do not fit together, or `start` does not fit the net."""
     torch.manual_seed(s.seed)
     backbone = Backbone(RESNETS[s.arch]())
     if start:  # before the target is copied
@@ -2439,8 +2391,7 @@ def run_program(name: str, *args: str) -> None:
 def demo(s: Settings, world: World) -> None:
     """Pre-trains on toy faces, which it draws first, and evaluates and draws what came out.
 
-    Raises:
-        UserError: see `pretrain` and `evaluate`."""
+    Raises UserError: see `pretrain` and `evaluate`."""
     local_rank0 = int(os.environ.get("LOCAL_RANK", 0)) == 0  # each machine has its own disk
     if local_rank0 and not (HERE / "data" / "toy" / "complete").exists():
         run_program("toy.py")
@@ -2495,9 +2446,8 @@ def program(name: str, run: Callable[[], None]) -> int:
     Args:
         name: of the program, for its messages.
         run: what it does.
-    Returns:
-        the exit code: 0; 2 after a UserError; 143 when stopped by SIGTERM or Ctrl-C, 130 by a
-        second Ctrl-C; 1 when another process has failed, or for a fault of the program itself."""
+    Returns: the exit code. 0; 2 after a UserError. 143 when stopped by SIGTERM or Ctrl-C, 130 by a
+        second Ctrl-C. 1 when another process has failed, or for a fault of the program itself."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without × is no reason to stop
@@ -2535,8 +2485,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Args:
         argv: the command line, without the program's name; by default that of this process.
-    Returns:
-        the exit code, see `program`."""
+    Returns: the exit code, see `program`."""
     return program("simfle", lambda: run(argv))
 
 
