@@ -853,6 +853,8 @@ class SimFLE(nn.Module):
 
         # 3.2 What must be seen to guess the rest? The backbone sees I in train mode, as it sees the
         # views: the running statistics of its BatchNorm move by I too. No gradient comes back.
+        # It has to come after the views. Under autocast, PyTorch 2.8 gives a weight no gradient in
+        # a step that has used it under `no_grad` first. (Seen on the CPU; 2.14 gives it one.)
         with torch.no_grad():
             X, _ = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -1380,12 +1382,15 @@ def in_parallel(world: World, module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
 
+def has_bf16(world: World) -> bool:
+    """Whether the device computes in bf16. Older GPUs (V100, T4, RTX 20) only emulate it."""
+    return world.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def mixed_precision(world: World):
-    """Autocast to bf16 on GPUs that have it, else fp32. (Departure 13) Part I leaves it where fp32
+    """Autocast to bf16 where the GPU has it, else fp32. (Departure 13) Part I leaves it where fp32
     is needed."""
-    enabled = world.device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False)
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=has_bf16(world))
 
 
 def cores() -> int:
@@ -1784,8 +1789,10 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
         told = f"complete after {batches.first:,}; --fresh would start over"
     if batches.first and s.init and not s.eval:
         told += "; --init is ignored"
+    device = "cpu" if world.device.type == "cpu" else "cuda in " + (
+        "bf16" if has_bf16(world) else "fp32, as this GPU has no bf16")
     say(world, f"{path}: {len(faces):,} pictures of {data}, {batches.last:,} steps of {batch} "
-               f"images ({world.size} × {share} on {world.device.type}), learning rate "
+               f"images ({world.size} × {share} on {device}), learning rate "
                f"{s.lr * batch / 256:g}; {told}")
     return t
 
@@ -2434,7 +2441,8 @@ def explained(error: Exception) -> tuple[str, int]:
         return ("too little shared memory for the loader workers, or one was killed: give fewer "
                 "--workers (0 needs none), or the container more memory, such as docker's "
                 "--shm-size=8g.", 2)
-    if dist.is_initialized() and re.search("closed|reset|peer|timed out", text, re.I):
+    if dist.is_initialized() and re.search(  # gloo's words, and NCCL's
+            "closed|reset|broken pipe|peer|timed out|timeout|remote process", text, re.I):
         return (f"rank {dist.get_rank()} ends, because another one has ended; the same command "
                 f"(without --fresh) resumes.", 1)
     return "a fault of the program itself:\n" + traceback.format_exc(), 1

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import warnings
 import zlib
 from dataclasses import asdict
@@ -35,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import functional as TF
 
@@ -2845,6 +2847,78 @@ def test_bf16_does_not_touch_the_losses_of_other_gfls():
         assert torch.equal(half, loss())
 
 
+def replaying(masks):
+    """`mask_lowest` that writes what it chose into `masks`, or where they are full repeats it."""
+    chosen, choose = iter(list(masks)), S.mask_lowest
+
+    def mask_lowest(a, ratio):
+        if not (mask := next(chosen, None)):
+            masks.append(mask := choose(a, ratio))
+        return mask
+    return mask_lowest
+
+
+@pytest.mark.parametrize("gfl", ["byol", "simsiam", "moco", "mocov2", "simclr"])
+@pytest.mark.parametrize("ffl", [["none"], ["semantic"],
+                                 ["semantic", "--connection", "direct"]], ids=" ".join)
+def test_under_autocast_every_trained_part_has_the_gradients_of_fp32(gfl, ffl, monkeypatch):
+    """Autocast keeps a weight's bf16 copy. One that was made under `no_grad` would have no gradient
+    with PyTorch 2.8 (not with 2.14). Masks are those of fp32: other patches would be another loss."""
+    s, masks, gradients = settings([*TINY, "--gfl", gfl, "--ffl", *ffl]), [], []
+    views = [seeded(16, 3, n, n, seed=i) for i, n in enumerate((32, 32, 28))]
+    for bf16 in (False, True):
+        model = S.build_model(s)
+        if "moco" in gfl:  # without keys there is no loss
+            model.gfl.queue.copy_(F.normalize(seeded(*model.gfl.queue.shape), dim=1))
+        monkeypatch.setattr(S, "mask_lowest", replaying(masks))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = drawing_alike(lambda: model(*views))["loss"]
+        monkeypatch.undo()
+        loss.backward()
+        parts = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad and p.grad is not None:
+                parts.setdefault(re.match(r"gfl\.(online\.)?\w+|ffl\.(mae\.)?\w+|\w+", name)[0],
+                                 []).append(p.grad.flatten())
+        gradients.append({name: torch.cat(gs) for name, gs in parts.items()})
+    fp32, half = gradients
+    assert fp32.keys() == half.keys() and len(fp32) >= 2
+    for name in fp32:
+        assert fp32[name].shape == half[name].shape and half[name].dtype == torch.float32
+        assert F.cosine_similarity(fp32[name], half[name], dim=0) > 0.85, name
+        assert 0.8 < half[name].norm() / fp32[name].norm() < 1.25, name
+
+
+@pytest.mark.parametrize("gfl", ["byol", "simsiam", "moco", "mocov2", "simclr"])
+@pytest.mark.parametrize("ffl", [["none"], ["random"], ["semantic"],
+                                 ["semantic", "--connection", "direct"]], ids=" ".join)
+def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(gfl, ffl, monkeypatch):
+    """On fake tensors, which have a device and a shape, and no values: to read one is an error, as
+    is an operation on two devices. (The backward pass and the optimiser need a real GPU.)"""
+    model = S.build_model(settings([*TINY, "--gfl", gfl, "--ffl", *ffl]))
+    order = types.SimpleNamespace(tolist=lambda: [0, 1, 2, 3])  # is drawn on the CPU
+    monkeypatch.setattr(torch, "randperm", lambda n: order)
+    with FakeTensorMode():
+        try:
+            torch.empty(2, device="cuda")[0]
+        except RuntimeError:  # PyTorch 2.8
+            pytest.skip("this PyTorch can index a fake GPU's tensors only beside a real GPU")
+        for module in model.modules():
+            for own in (module._parameters, module._buffers):
+                for k, old in own.items():  # a layer without bias has a parameter None
+                    new = None if old is None else torch.empty(old.shape, dtype=old.dtype,
+                                                               device="cuda")
+                    own[k] = (nn.Parameter(new, old.requires_grad)
+                              if isinstance(old, nn.Parameter) else new)
+        views, I = (torch.empty(*shape, dtype=torch.uint8, device="cuda")
+                    for shape in ((6, 2, 3, 32, 32), (6, 3, 28, 28)))
+        v1, v2 = (S.augment(views[:, i]) for i in range(2))
+        assert v1.is_contiguous(memory_format=torch.channels_last) and v1.dtype == torch.float32
+        out = model(v1, v2, S.normalise(I))
+        model.update()
+        assert all(v.device.type == "cuda" for v in out.values())
+
+
 @pytest.mark.parametrize("name, t", [("moco", 0.07), ("mocov2", 0.2)])
 def test_mocos_loss_is_that_of_finding_the_key_and_only_the_query_learns(name, t):
     gfl = gfl_of(name)
@@ -3953,3 +4027,92 @@ def test_every_option_is_in_the_help_with_its_source(capsys):
         assert name in ("data", "preset") or re.search(
             r"\((ours|authors|MAE|its paper|B(\.2)?|[34](\.\d)?(, SimCLR)?|Table 2)\)",
             shown[0]), shown[0]
+
+
+# ---------------------------------------------------------------- On a GPU
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_gpu(*args, cwd, monkeypatch):
+    monkeypatch.chdir(cwd)
+    assert S.main([*map(str, args)]) == 0
+    return torch.load(next(cwd.glob("runs/*/checkpoint.pt")), weights_only=True)
+
+
+@GPU
+def test_a_gpus_losses_and_gradients_are_those_of_the_cpu():
+    model = small_model().cpu()  # its mask is random, and each device draws another
+    results = []
+    for device in ("cpu", "cuda"):
+        own = copy.deepcopy(model).to(device, memory_format=torch.channels_last)
+        v1, v2, I = (x.to(device) for x in small_inputs(16))
+        own.zero_grad()
+        L_s, hs, _ = own.gfl(v1, v2)
+        L_g = own.ffl(own.backbone(I)[0], I)[1]
+        (L_s + 0.03 * L_g + S.distillation_loss([own.distil_v(h) for h in hs])).backward()
+        results.append([x.cpu().flatten() for x in (L_s, L_g, *(
+            p.grad for p in own.backbone.parameters()))])
+    for a, b in zip(*results):  # convolutions may use TF32
+        torch.testing.assert_close(b.norm(), a.norm(), rtol=0.05, atol=1e-4)
+    assert F.cosine_similarity(torch.cat(results[0]), torch.cat(results[1]), dim=0) > 0.99
+
+
+@GPU
+def test_a_run_on_a_gpu_trains_in_its_precision_and_resumes(toy, tmp_path, monkeypatch, capsys):
+    args, ends = ["--data", toy, *TINY, "--save-every", "2", "--steps"], []
+    for name, lengths in (("whole", (4,)), ("parts", (2, 4))):
+        (tmp_path / name).mkdir()
+        for steps in lengths:
+            ends.append(on_gpu(*args, steps, "--lr", 0.05, cwd=tmp_path / name,
+                               monkeypatch=monkeypatch))
+    out = capsys.readouterr().out
+    precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    assert f"cuda in {precision}" in out and "resumes after step 2" in out
+    first, half, again = ends
+    assert (first["step"], half["step"], again["step"]) == (4, 2, 4)
+    for k, v in first["model"].items():
+        assert v.dtype == again["model"][k].dtype and v.dtype in (torch.float32, torch.long)
+    kinds = {name: S.load_file(tmp_path / name / "runs/faces/checkpoint.pt")["same"]
+             for name in ("whole", "parts")}
+    assert kinds["whole"] == kinds["parts"]
+    assert S.main(["--data", str(toy), "--eval", "--workers", "1"]) == 0
+
+
+@GPU
+def test_a_gpus_autocast_computes_in_bf16_where_the_gpu_has_it():
+    world = S.World(device=torch.device("cuda"))
+    x = torch.ones(2, 2, device="cuda")
+    with S.mixed_precision(world):
+        assert (x @ x).dtype == (torch.bfloat16 if S.has_bf16(world) else torch.float32)
+        with S.full_precision(x):
+            assert (x @ x).dtype == torch.float32
+
+
+@GPU
+def test_two_processes_on_one_gpu_are_refused(toy, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", HERE / "simfle.py", "--data", toy, *TINY],
+                          cwd=tmp_path, env=dict(os.environ, CUDA_VISIBLE_DEVICES="0"), text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode and "2 processes were started on a machine with 1 GPUs" in done.stderr
+
+
+def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation)
+    assert not S.has_bf16(S.World(device=torch.device("cuda")))
+    assert not S.has_bf16(S.World())
+
+
+def test_the_words_of_gloo_and_nccl_for_a_dead_peer_are_one_sentence(monkeypatch):
+    monkeypatch.setattr(S.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(S.dist, "get_rank", lambda: 1)
+    for words in ("[/pytorch/third_party/gloo] Connection closed by peer [127.0.0.1]:1234",
+                  "NCCL error in: NCCLUtils.hpp:268, remote process exited or there was a network "
+                  "error\nncclRemoteError: A call failed possibly due to a network error",
+                  "ncclInternalError: Internal check failed.\nCall to send failed : Broken pipe",
+                  "Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)"):
+        told, code = S.explained(RuntimeError(words))
+        assert code == 1 and told.startswith("rank 1 ends, because another one has ended")
+    assert "a fault of the program" in S.explained(RuntimeError("NCCL error: invalid usage"))[0]
