@@ -1378,7 +1378,8 @@ def in_parallel(world: World, module: nn.Module) -> nn.Module:
     first step on. So a resumed run sums gradients in the same order."""
     if world.size == 1:
         return module
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")
+    # On GPUs DDP also warns of the strides of 1 × 1 convolutions, whose memory is the same in both.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*|Grad strides do not match.*")
     return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
 
@@ -2436,7 +2437,7 @@ def explained(error: Exception) -> tuple[str, int]:
     text = str(error)
     if re.search("out of memory|not enough memory|t allocate memory|ALLOC_FAILED", text):
         return ("out of memory: give a smaller --batch-size, or more GPUs. By a trace, the paper's "
-                "setting needs 28 GiB for 256 images a process, and 11 GiB for 85.", 2)
+                "setting needs 27 GiB for 256 images a process, and 11 GiB for 85.", 2)
     if re.search("shared memory|Bus error|/torch_|worker.*(exited|killed)", text):
         return ("too little shared memory for the loader workers, or one was killed: give fewer "
                 "--workers (0 needs none), or the container more memory, such as docker's "
