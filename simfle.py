@@ -1589,7 +1589,7 @@ def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int
 
 
 def watched(world: World, loading: DataLoader, first: int, last: int, images: int, status: dict):
-    """Yields a loader's batches. Every few seconds rank 0 prints a line.
+    """Yields a loader's batches. Every ten seconds rank 0 prints a line.
 
     The line has what stands in `status`, the speed, the share of the time that was spent waiting
     for the loader, and the time left.
@@ -1599,16 +1599,17 @@ def watched(world: World, loading: DataLoader, first: int, last: int, images: in
         first, last: its batches are those of the steps `first` to `last` − 1.
         images: images a step, over all ranks.
         status: numbers by name; the caller changes them."""
-    batches, began, shown, waited = iter(loading), time.perf_counter(), 0.0, 0.0
+    batches, began, waited = iter(loading), time.perf_counter(), 0.0
+    shown = began
     for done in range(first + 1, last + 1):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         yield batch
         now = time.perf_counter()
-        if done in (first + 1, last) or now - shown > 5:
+        if done == last or now - shown > 10:
             shown, spent = now, now - began
-            told = [f"{done:,}/{last:,}", *(f"{k} {v:.4g}" for k, v in status.items())]
+            told = [f"{done:,}/{last:,}", *(f"{k} {round(v, 4)}" for k, v in status.items())]
             told += [f"{images * (done - first) / spent:.0f} images/s",
                      f"waiting {waited / spent:.0%}",
                      f"left {timedelta(seconds=round(spent / (done - first) * (last - done)))}"]
@@ -2390,10 +2391,15 @@ def build_model(s: Settings, start: dict | None = None) -> nn.Module:
 # ===== The demo =====
 
 
-def run_program(name: str, *args: str) -> None:
-    """Runs data/NAME, a program beside this file. Raises UserError where it fails."""
-    if subprocess.run([sys.executable, HERE / "data" / name, *args]).returncode:
+def run_program(name: str, *args: str, **how) -> str | None:
+    """Runs data/NAME, a program beside this file; `how`: see subprocess.run.
+
+    Returns: its output, where `how` asks for it.
+    Raises UserError: it failed."""
+    done = subprocess.run([sys.executable, HERE / "data" / name, *args], **how)
+    if done.returncode:
         raise UserError(f"data/{name} failed; it says above why.")
+    return done.stdout
 
 
 def demo(s: Settings, world: World) -> None:
@@ -2411,11 +2417,22 @@ def demo(s: Settings, world: World) -> None:
     pretrain(s, world)
     own = dict(eval="linear", name=s.name, workers=s.workers)
     untrained, trained = (
-        evaluate(from_rank0(world, lambda: read_settings(own | more)), world)["accuracy"]
+        evaluate(from_rank0(world, lambda: read_settings(own | more)), world)
         for more in ({"init": "random", "seed": s.seed}, {}))
+    pixels = from_rank0(world, lambda: json.loads(run_program(
+        "probe.py", s.name, "--init", "pixels", stdout=subprocess.PIPE).splitlines()[-1]))
     from_rank0(world, lambda: run_program("figures.py", s.name))
-    say(world, f"Linear accuracy on held-out toy faces: {untrained:.1f} % with the untrained "
-               f"backbone, {trained:.1f} % with the trained one.")
+    say(world, f"""
+Which of {len(trained["per_class"])} expressions does a toy face wear? A linear classifier, on \
+{trained["images"]:,} new faces, is right in
+  {100 / len(trained["per_class"]):5.1f} %  by guessing
+  {pixels["accuracy"]:5.1f} %  from raw pixels, 16 × 16
+  {untrained["accuracy"]:5.1f} %  from the backbone before training
+  {trained["accuracy"]:5.1f} %  from the backbone after it; the training saw no labels
+Pictures of what it has learnt: {Path("runs", s.name, "figures")}
+Next, on photographs: git clone https://github.com/muxspace/facial_expressions
+  python {HERE / "data" / "prepare.py"} muxspace --src facial_expressions
+  python {HERE / "simfle.py"} --data muxspace --preset laptop""")
 
 
 def run(argv: list[str] | None) -> None:

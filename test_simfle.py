@@ -13,6 +13,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -2000,26 +2001,38 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
     monkeypatch.setitem(S.PRESETS, "laptop", S.PRESETS["laptop"] | dict(
         steps=2, batch_size=12, view_size=32, ffl_size=28, patch=4))
     commands = []
-    monkeypatch.setattr(S.subprocess, "run", lambda command: (
-        commands.append(command), subprocess.CompletedProcess(command, D.main(command[2:])))[1])
+
+    def start(command, stdout=None):
+        commands.append([command[1].name, *command[2:]])
+        out = io.StringIO() if stdout else sys.stdout
+        with contextlib.redirect_stdout(out):
+            code = {"figures.py": D, "probe.py": P}[command[1].name].main(command[2:])
+        return subprocess.CompletedProcess(command, code, out.getvalue() if stdout else None)
+
+    monkeypatch.setattr(S.subprocess, "run", start)
     assert in_process("--workers", "0", cwd=trained, monkeypatch=monkeypatch) == 0
-    last = capsys.readouterr().out.strip().split("\n")[-1]
-    assert commands == [[sys.executable, trained / "data/figures.py", "toy"]]
+    out = capsys.readouterr().out
+    assert commands == [["probe.py", "toy", "--init", "pixels"], ["figures.py", "toy"]]
     drawn = {p.stem for p in (trained / "runs/toy/figures").iterdir()}
     assert drawn >= {"masks", "reconstructions", "attention", "curves", "confusion-linear-toy"}
     untrained, got = (result(trained, f"linear-toy{x}", "toy") for x in ("-init-random", ""))
     digest = hashlib.sha256((trained / "runs/toy/backbone.pt").read_bytes()).hexdigest()
     assert (untrained["start"], got["start"]) == ("random", digest)
-    assert last == (f"Linear accuracy on held-out toy faces: "
-                    f"{untrained['accuracy']:.1f} % with the untrained backbone, "
-                    f"{got['accuracy']:.1f} % with the trained one.")
+    assert P.main(["toy", "--init", "pixels"]) == 0
+    pixels = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = re.findall(r"(?m)^  +([\d.]+) %  (.*)$", out)
+    assert [float(number) for number, _ in told] == [
+        round(x, 1) for x in (100 / 3, *(r["accuracy"] for r in (pixels, untrained, got)))]
+    assert [re.search("guessing|pixels|before|after it", words)[0] for _, words in told] == [
+        "guessing", "pixels", "before", "after it"]
+    assert "runs/toy/figures" in out and "muxspace --preset laptop" in out.splitlines()[-1]
 
 
 def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch):
     started, code, s = [], 0, S.Settings(eval="linear")
     monkeypatch.setattr(S, "HERE", tmp_path)
     monkeypatch.setattr(S, "evaluate", lambda *_: started.append("evaluation"))
-    monkeypatch.setattr(S.subprocess, "run", lambda command: (
+    monkeypatch.setattr(S.subprocess, "run", lambda command, **how: (
         started.append(command[-1].name), subprocess.CompletedProcess(command, code))[1])
     S.demo(s, S.World())
     monkeypatch.setenv("LOCAL_RANK", "1")

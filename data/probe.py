@@ -159,7 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calibrate", action="store_true",
                         help="with --init random: BatchNorm statistics of the training pictures")
     parser.add_argument("--seed", type=int, help="of --init random; default: the run's")
-    parser.add_argument("--workers", type=int, default=2, help="loader workers [2]")
+    parser.add_argument("--workers", type=int, default=-1,
+                        help="loader workers [share of the cores]")
     args = parser.parse_args(argv)
     return simfle.program("probe", lambda: print(json.dumps(run(args))))
 
