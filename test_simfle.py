@@ -2860,6 +2860,11 @@ def test_bf16_does_not_touch_the_losses_of_other_gfls():
         assert torch.equal(half, loss())
 
 
+each_part = pytest.mark.parametrize("options", [  # every GFL, masking and connection
+    *(f"--gfl {name}" for name in ("byol", "simsiam", "moco", "mocov2", "simclr")),
+    "--ffl none", "--ffl random", "--connection direct"])
+
+
 def replaying(masks):
     """`mask_lowest` that writes what it chose into `masks`, or where they are full repeats it."""
     chosen, choose = iter(list(masks)), S.mask_lowest
@@ -2871,17 +2876,15 @@ def replaying(masks):
     return mask_lowest
 
 
-@pytest.mark.parametrize("gfl", ["byol", "simsiam", "moco", "mocov2", "simclr"])
-@pytest.mark.parametrize("ffl", [["none"], ["semantic"],
-                                 ["semantic", "--connection", "direct"]], ids=" ".join)
-def test_under_autocast_every_trained_part_has_the_gradients_of_fp32(gfl, ffl, monkeypatch):
+@each_part
+def test_under_autocast_every_trained_part_has_the_gradients_of_fp32(options, monkeypatch):
     """Autocast keeps a weight's bf16 copy. One that was made under `no_grad` would have no gradient
     with PyTorch 2.8 (not with 2.14). Masks are those of fp32: other patches would be another loss."""
-    s, masks, gradients = settings([*TINY, "--gfl", gfl, "--ffl", *ffl]), [], []
+    s, masks, gradients = settings([*TINY, *options.split()]), [], []
     views = [seeded(16, 3, n, n, seed=i) for i, n in enumerate((32, 32, 28))]
     for bf16 in (False, True):
         model = S.build_model(s)
-        if "moco" in gfl:  # without keys there is no loss
+        if "moco" in options:  # without keys there is no loss
             model.gfl.queue.copy_(F.normalize(seeded(*model.gfl.queue.shape), dim=1))
         monkeypatch.setattr(S, "mask_lowest", replaying(masks))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
@@ -2902,13 +2905,11 @@ def test_under_autocast_every_trained_part_has_the_gradients_of_fp32(gfl, ffl, m
         assert 0.8 < half[name].norm() / fp32[name].norm() < 1.25, name
 
 
-@pytest.mark.parametrize("gfl", ["byol", "simsiam", "moco", "mocov2", "simclr"])
-@pytest.mark.parametrize("ffl", [["none"], ["random"], ["semantic"],
-                                 ["semantic", "--connection", "direct"]], ids=" ".join)
-def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(gfl, ffl, monkeypatch):
+@each_part
+def test_a_step_on_a_gpu_neither_waits_nor_mixes_devices(options, monkeypatch):
     """On fake tensors, which have a device and a shape, and no values: to read one is an error, as
     is an operation on two devices. (The backward pass and the optimiser need a real GPU.)"""
-    model = S.build_model(settings([*TINY, "--gfl", gfl, "--ffl", *ffl]))
+    model = S.build_model(settings([*TINY, *options.split()]))
     order = types.SimpleNamespace(tolist=lambda: [0, 1, 2, 3])  # is drawn on the CPU
     monkeypatch.setattr(torch, "randperm", lambda n: order)
     with FakeTensorMode():
