@@ -35,7 +35,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -3081,9 +3081,12 @@ def test_random_masks_do_not_ask_the_channels_and_hide_all_patches_equally():
 # ---------------------------------------------------------------- Part V: figures
 
 
-def cell(picture, row, column, like, left=12):
+def cell(picture, row, column, like, names=()):
     """The part of a sheet with names of columns where that cell lies."""
     w, h = like.size
+    measure = D.ImageDraw.Draw(picture).textbbox
+    left = 12 + max([round(measure((0, 0), name, D.ImageFont.load_default(13))[2])
+                     for name in names], default=0)
     x, y = left + column * (w + D.GAP), 3 * D.LINE + row * (h + D.GAP)
     return picture.crop((x, y, x + w, y + h))
 
@@ -3092,28 +3095,33 @@ def same_picture(a, b):
     return a.size == b.size and a.convert("RGB").tobytes() == b.convert("RGB").tobytes()
 
 
-def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals(monkeypatch):
+def test_masked_patches_are_grey_and_the_scores_behind_them_stand_below(monkeypatch):
     model = small_model().cpu().eval()
     x = torch.rand(3, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     texts = Texts(monkeypatch)
-    sheet = D.figures_masks(model, x, (S.MEAN, S.STD))["masks"]
+    sheet = dict(D.figures_masks(model, x, (S.MEAN, S.STD)))["masks"]
     places = [texts.at(f"group {g}")[0][0] for g in range(8)]
     assert places == sorted(places)
+    masked, score = ([xy[1] for xy in texts.at(name)] for name in ("masked", "score"))
+    assert all(score[i] - masked[i] == 112 + D.GAP for i in range(3))
     with monkeypatch.context() as patch:
         patch.setattr(D, "sheet", lambda title, rows, *a, **k: rows)
-        rows = D.figures_masks(model, x, (S.MEAN, S.STD))["reconstructions"]
+        rows = dict(D.figures_masks(model, x, (S.MEAN, S.STD)))["reconstructions"]
     greys = [dict(c[::-1] for c in row[0].getcolors(1 << 20)).get((127,) * 3, 0) for row in rows]
     assert greys[1] >= 37 * 16**2 > 100 * greys[2] and same_picture(rows[0][0], D.cell(x[0]))
     I = S.normalise(x)
     C = model.ffl.grouping(model.backbone(I)[0])
     for face in range(3):
         original = D.cell(x[face])
-        assert same_picture(cell(sheet, face, 0, original), original)
+        part = functools.partial(cell, sheet, like=original, names=["masked", "score"])
+        assert same_picture(part(2 * face, 0), original)
+        assert part(2 * face + 1, 0).getextrema() == ((255, 255),) * 3
         for column in range(8):  # eight groups, so group `column`
             scores = model.ffl.masking.scores(C, torch.full((3,), column))
             mask = S.mask_lowest(scores, 0.75)[1][face]
-            got = cell(sheet, face, 1 + column, original)
-            for i, masked in enumerate(mask.tolist()):
+            got, below = (part(2 * face + i, 1 + column) for i in (0, 1))
+            low, high = scores[face].min().item(), scores[face].max().item()
+            for i, (masked, score) in enumerate(zip(mask.tolist(), scores[face].tolist())):
                 y, x0 = 16 * (i // 7), 16 * (i % 7)  # patches of 4 pixels, enlarged fourfold
                 box = (x0, y, x0 + 16, y + 16)
                 patch = got.crop(box)
@@ -3121,14 +3129,16 @@ def test_masked_patches_are_grey_in_the_picture_and_kept_ones_the_originals(monk
                     assert patch.getextrema() == ((127, 127),) * 3
                 else:
                     assert same_picture(patch, original.crop(box))
+                assert same_picture(below.crop(box), D.heat(torch.tensor([score]), low, high, 16))
 
 
 def test_random_masking_is_drawn_by_eight_draws_that_are_the_same_every_time(monkeypatch):
     model, x, texts = small_model().cpu().eval(), torch.rand(8, 3, 28, 28), Texts(monkeypatch)
     model.ffl.masking = S.RandomMasking(8, 28, 4)
-    one, two = (D.figures_masks(model, x, (S.MEAN, S.STD))["masks"] for _ in range(2))
+    one, two = (dict(D.figures_masks(model, x, (S.MEAN, S.STD)))["masks"] for _ in range(2))
     assert same_picture(one, two) and len({xy for xy in texts.at("one draw")}) == 8
     assert len({cell(one, 0, c, D.cell(x[0])).tobytes() for c in range(9)}) == 9
+    assert not texts.at("score") and one.height < 4 * 112 + 100
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
@@ -3137,11 +3147,13 @@ def test_a_perfect_guess_is_drawn_as_the_original_and_only_masked_patches_are_gu
     x = torch.rand(4, 3, 28, 28, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
     groups, mae = [0, 2, 4, 6], model.ffl.mae
     own = ([0.3, 0.4, 0.5], [0.2, 0.3, 0.4])
-    masked, whole = D.reconstruct(model, x, groups, own)
+    masked, whole, a = D.reconstruct(model, x, groups, own)
     kept = masked != 0.5
     assert kept.float().mean() == 12 / 49
     torch.testing.assert_close(whole[kept], x[kept])
     assert (whole - x)[~kept].abs().mean() > 0.05
+    C = model.ffl.grouping(model.backbone(S.normalise(x, own))[0])
+    assert torch.equal(a, model.ffl.masking.scores(C, torch.tensor(groups)))
     mae.decode = lambda tokens, keep: mae.target(mae.patchify(S.normalise(x, own)))
     torch.testing.assert_close(D.reconstruct(model, x, groups, own)[1], x, atol=1e-4, rtol=0)
 
@@ -3164,8 +3176,8 @@ def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, mo
 
     net = S.small_resnet()
     net.fc = nn.Linear(256, 2)
-    inside = torch.zeros(32, 32, dtype=torch.bool)
-    inside[16 * row:16 * row + 16, 16 * column:16 * column + 16] = True
+    inside = torch.zeros(112, 112, dtype=torch.bool)
+    inside[56 * row:56 * row + 56, 56 * column:56 * column + 56] = True
     path = put(tmp_path / "face.png", (40, 30))
     monkeypatch.setattr(S, "feature_map", one_quadrant)
     for answer, share in ((0, inside), (1, ~inside)):
@@ -3190,7 +3202,7 @@ def test_grad_cam_weighs_the_channels_by_the_gradient_of_the_logit(tmp_path):
     assert guess == ["abc"[logits.argmax()]]
     weight = torch.autograd.grad(logits.max(), A)[0].mean(dim=(2, 3), keepdim=True)
     expected = (weight * A).sum(dim=1, keepdim=True).relu()
-    expected = F.interpolate(expected, (32, 32), mode="bilinear")[:, 0]
+    expected = F.interpolate(expected, (112, 112), mode="bilinear")[:, 0]
     torch.testing.assert_close(cam, (expected / expected.amax()).detach())
 
 
@@ -3213,18 +3225,21 @@ def test_the_cells_of_a_confusion_matrix_hold_its_numbers(monkeypatch):
         torch.tensor([[3], [1]]), rounding_mode="floor") % 3)
     result = S.summary(guess, labels, ["0_a", "1_b", "2_c"])
     picture = D.figure_confusion(result, "linear-x")
-    measure = D.ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    font = D.ImageFont.load_default(13)
-    left = round(max(measure.textbbox((0, 0), name, font=font)[2] for name in result["per_class"])
-                 + 2 * D.GAP)
     for i, row in enumerate([[75.0, 25.0, 0.0], [10.0, 80.0, 10.0], [0.0, 75.0, 25.0]]):
         for j, value in enumerate(row):
             assert texts.at(f"{value:.1f}")
             like = D.heat(torch.tensor([[value]]), 0, 100, 84)
             D.write(like, 42, 42, f"{value:.1f}", 14, "mm", "black" if value > 60 else "white")
-            assert same_picture(cell(picture, i, j, like, left=left), like)
+            assert same_picture(cell(picture, i, j, like, names="abc"), like)
     words = " ".join(t for t, _ in texts.all)
-    assert "accuracy 68.18 %" in words and "0_a" in words and "linear-x" in words
+    assert "accuracy 68.18 %" in words and "linear-x" in words and "0_a" not in words
+    assert all(len(texts.at(name)) == 2 for name in "abc")
+
+
+def test_names_of_classes_lose_the_digits_that_order_them_and_no_others():
+    for name, shown in (("1_happiness", "happiness"), ("10_very_happy", "very_happy"),
+                        ("3d", "3d"), ("a_1_b", "a_1_b"), ("7_", "7_"), ("7", "7")):
+        assert D.spoken(name) == shown
 
 
 def test_figures_take_the_runs_own_classifier_of_this_data_and_linear_first(tmp_path, monkeypatch):
@@ -3268,42 +3283,114 @@ def test_fig3_shows_errors_and_shares_of_an_epoch_by_the_sums_of_its_lines(tmp_p
     for row, name, what, maps in ((rows[0], names[0], "error where masked", error),
                                   (rows[1], names[1], "share kept", 1 - masks.mean((1, 2)))):
         low, high = maps.min().item(), maps.max().item()
-        assert name == (f"r: {what}\nepochs 1, 2\ndark blue: {low:.3g}\n"
-                        f"yellow: {high:.3g}")
+        assert name == f"r: {what}\nepochs 1, 2\nblue {low:.3g}, yellow {high:.3g}"
         for (got, bottom, top), expected in zip(row, maps):
-            torch.testing.assert_close(got, expected.reshape(7, 7))
+            torch.testing.assert_close(got, expected)
             assert (bottom, top) == pytest.approx((low, high))
     assert D.figure_refinement({"none": [dict(epoch=1, L_s=1.0)]}) is None
 
 
 def test_a_log_with_numbers_that_are_not_finite_is_drawn():
     log = [dict(step=i, rate=0.1, L_s=v) for i, v in enumerate((math.inf, math.nan, 2.0))]
-    assert D.figure_curves(log).width > 800
+    assert D.figure_curves(log, 0.3, 0.03).width > 800
+    assert D.figure_curves([dict(step=1, spread=math.nan)], 0.3, 0.03).width > 400
+    assert D.figure_curves([], 0.3, 0.03) is None
+
+
+@pytest.mark.parametrize("low, high, labels", [
+    (0, 1.542e-06, ["0.0000000", "0.0000005", "0.0000010", "0.0000015", "0.0000020"]),
+    (0.1, 0.4, ["0.1", "0.2", "0.3", "0.4"]), (0.3, 0.6, ["0.3", "0.4", "0.5", "0.6"]),
+    (-3, 9, ["-5", "0", "5", "10"]), (44.03, 47.4, ["44", "45", "46", "47", "48"]),
+    (20, 110_000, ["0", "50,000", "100,000", "150,000"]),
+    (0.0440, 0.0474, ["0.044", "0.045", "0.046", "0.047", "0.048"])])
+def test_the_numbers_on_an_axis_are_round(low, high, labels):
+    assert [*D.ticks([high, low]).values()] == labels
+
+
+def test_the_numbers_on_an_axis_span_the_values_at_equal_distances():
+    torch.manual_seed(0)
+    for size, shift in torch.randn(500, 2, dtype=torch.double).tolist():
+        values = [shift, shift + abs(size) * 10**(3 * size)]
+        for values in (values, values[:1], [0.0]):
+            marks, labels = zip(*D.ticks(values).items())
+            gap = marks[1] - marks[0]
+            assert 2 <= len(marks) <= 7 and len({*labels}) == len(labels)
+            assert marks[0] - 1e-5 * gap <= min(values) < marks[0] + gap + 1e-5 * gap
+            assert max(values) <= marks[-1] + 1e-5 * gap
+            assert [b - a for a, b in zip(marks, marks[1:])] == pytest.approx(
+                [gap] * (len(marks) - 1))
+            assert not any("e" in text for text in labels)
+            assert [float(text.replace(",", "")) for text in labels] == pytest.approx(marks)
 
 
 def test_a_plot_rises_with_its_numbers_and_leaves_out_what_is_not_finite(monkeypatch):
     texts, blue = Texts(monkeypatch), (31, 95, 168)
-    picture = D.plot("title", [(1, 0.0), (2, math.nan), (3, 1.0)])
-    assert {picture.getpixel(p) for p in ((70, 160), (230, 100), (390, 40))} == {blue}
-    assert texts.at("0") == [(65, 160)] and (65, 40) in texts.at("1")
+    picture = D.plot("title", {"": [(0, 0.0), (5, math.nan), (10, 1.0)]})
+    assert {picture.getpixel(p) for p in ((70, 165), (230, 105), (390, 45))} == {blue}
+    assert texts.at("0.0") == [(65, 165)] and texts.at("1.0") == [(65, 45)]
+    assert texts.at("0") == [(70, 170)] and texts.at("10") == [(390, 170)]
     assert not [t for t, _ in texts.all if "nan" in t]
+    D.plot("title", {"": [(0, 44.0), (1, 45.0)]}, 0)
+    assert texts.at("0") == [(70, 170), (65, 165)]  # the axis of y begins at the number asked for
+
+
+def test_the_colours_of_the_legend_are_those_of_the_curves(monkeypatch):
+    colours, real = {}, D.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(D.ImageDraw.ImageDraw, "text", lambda draw, xy, text, colour, *a: (
+        colours.update({text: colour}), real(draw, xy, text, colour, *a))[1])
+    heights = {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0}
+    picture = D.plot("title", {name: [(0, y), (100, y)] for name, y in heights.items()})
+    for name, y in heights.items():
+        seen = picture.getpixel((230, round(165 - 120 * y / 3)))
+        assert seen == ImageColor.getrgb(colours[name])
+    assert len({colours[name] for name in "abcd"}) == 4 and colours["title"] == "black"
+
+
+def test_the_curves_are_the_terms_as_they_enter_the_sum_and_the_rest_of_the_log(monkeypatch):
     seen = {}
-    monkeypatch.setattr(D, "plot", lambda title, points: (seen.update({title: points}),
-                                                          Image.new("RGB", (420, 190)))[1])
-    D.figure_curves([dict(step=1, epoch=1, rate=0.5, L_s=3.0, masked=[1.0]),
-                     dict(step=2, epoch=1, rate=0.4, L_s=2.0, masked=[1.0])])
-    assert seen == {"rate, by step": [(1, 0.5), (2, 0.4)], "L_s, by step": [(1, 3.0), (2, 2.0)]}
+    monkeypatch.setattr(D, "plot", lambda title, curves, *shown: (
+        seen.update({title.removesuffix(", by step"): curves}), Image.new("RGB", (420, 190)))[1])
+    model = small_model(alpha=0.2, beta=0.05)
+    out = {k: v.item() for k, v in model(*small_inputs()).items() if v.ndim == 0}
+    log = [dict(step=5, epoch=1, rate=0.5, **out, gradient=2.0, own=7.0, masked=[1.0]),
+           dict(step=10, epoch=1, rate=0.4, L_s=2.0, own=8.0, masked=[1.0])]
+    D.figure_curves(log, 0.2, 0.05)
+    assert {title: [*curves] for title, curves in seen.items()} == {
+        "terms of the loss (Eq. 6)": ["L_s", "L_r", "0.2 L_d", "0.05 L_g"],
+        "mean squared cosine D of channels (Eq. 2)": ["between groups", "within groups"],
+        "learning rate": [""], "spread of z (0: collapse)": [""], "gradient norm": [""],
+        "own": [""]}
+    terms = seen["terms of the loss (Eq. 6)"]
+    assert sum(points[0][1] for points in terms.values()) == pytest.approx(out["loss"])
+    assert terms["L_s"] == [(5, out["L_s"]), (10, 2.0)] and len(terms["0.2 L_d"]) == 1
+    assert seen["own"] == {"": [(5, 7.0), (10, 8.0)]}
+    D2 = seen["mean squared cosine D of channels (Eq. 2)"]
+    assert D2 == {"between groups": [(5, out["D2_between"])],
+                  "within groups": [(5, out["D2_within"])]}
+    seen.clear()
+    D.figure_curves([dict(step=1, loss=1.0, L_s=1.0)], 0.3, 0.03)  # a run without FFL
+    assert seen == {"terms of the loss (Eq. 6)": {"L_s": [(1, 1.0)]}}
+
+
+def test_the_font_has_all_that_is_written(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    texts, font = Texts(monkeypatch), D.ImageFont.load_default(13)
+    assert D.main(["colours"]) == 0
+    letters = {c for text, _ in texts.all for c in text} - {" ", "\n"}
+    assert len(letters) > 30
+    missing = bytes(font.getmask("\uffff"))  # a box
+    assert not [c for c in letters if bytes(font.getmask(c)) == missing]
 
 
 def test_attention_names_classes_and_lies_over_the_face(monkeypatch):
     texts, x = Texts(monkeypatch), torch.rand(2, 3, 28, 28)
-    cam = torch.zeros(2, 28, 28)
-    looks = {"run": lambda paths: (x, ["0_a", "1_b"], cam)}
-    sheet = D.figure_attention("title", looks, [("p", "1_b"), ("q", None)])
-    assert texts.at("is\n1_b") and texts.at("taken for\n0_a") and texts.at("taken for\n1_b")
+    cam = torch.zeros(2, 112, 112)
+    looks = {"run": lambda paths: (x, ["a", "b"], cam)}
+    sheet = D.figure_attention("title", looks, [("p", "b"), ("q", None)])
+    assert texts.at("is\nb") and texts.at("taken for\na") and texts.at("taken for\nb")
     assert not texts.at("is\nNone") and sheet.height > 2 * 112
     plain, under = D.cell(x[0]), D.cell(x[0], cam[0])
-    assert same_picture(under, Image.blend(plain, D.heat(cam[0], 0, 1, 1).resize((112, 112)), 0.5))
+    assert same_picture(under, Image.blend(plain, D.heat(cam[0], 0, 1), 0.5))
 
 
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
@@ -3316,9 +3403,9 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
         text(tmp_path / f"runs/{name}/settings.json", json.dumps(base | dict(name=name) | more))
         text(tmp_path / f"runs/{name}/eval-linear-faces.json", json.dumps(dict(accuracy=accuracy)))
     seen = {}
-    monkeypatch.setattr(D, "plot", lambda title, curve: seen.update({title: curve}))
+    monkeypatch.setattr(D, "plot", lambda title, curves: seen.update({title: curves[""]}))
     D.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
-    assert list(seen.values()) == [[(0.2, 40.0), (0.3, 45.0)]] and "against alpha" in str(seen)
+    assert list(seen.values()) == [[(0.2, 40.0), (0.3, 45.0)]] and "by alpha" in str(seen)
     assert D.figure_sweep("beta", base | dict(alpha=0.2), "faces") is None
 
 
@@ -3331,8 +3418,8 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
         sheets.update({title[:5]: pictures, "looks": [*looks]}), real(title, looks, pictures))[1])
     assert D.main(["colours", "--compare", "colours"]) == 0
     shown = sheets["Where"]
-    assert len(shown) == 8 and all(Path(path).parent.name == k for path, k in shown)
-    assert {k for _, k in shown[:3]} == {"0_a", "1_b", "2_c"}
+    assert len(shown) == 8 and all(Path(path).parent.name[2:] == k for path, k in shown)
+    assert {k for _, k in shown[:3]} == {"a", "b", "c"}
     confusion = torch.tensor(result(trained, "linear-colours")["confusion"])
     assert len(sheets.get("Taken", [])) == min(8, 15 - confusion.diag().sum())
     names = {p.stem for p in folder.glob("*.png")}
@@ -3346,7 +3433,7 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     saved_classifier(trained / "constant.pt", net, ["0_a", "1_b", "2_c"], 32)
     assert D.main(["colours", "--init", "constant.pt"]) == 0
     assert (folder / "mistakes-constant.png").exists()  # beside the run's own
-    assert len(sheets["Taken"]) == 8 and {k for _, k in sheets["Taken"]} == {"1_b", "2_c"}
+    assert len(sheets["Taken"]) == 8 and {k for _, k in sheets["Taken"]} == {"b", "c"}
     assert sheets["looks"] == ["colours\nconstant"]
     assert D.main(["colours", "--init", "random"]) == 0
     untrained, own = (Image.open(folder / f"masks{x}.png") for x in ("-untrained", ""))
@@ -3361,7 +3448,7 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert [Path(path).name for path, _ in sheets["Where"]] == ["0.png", "1.png", "2.png"]
     for args, words in ((["nobody"], "no run nobody with a checkpoint; runs/ has"),
                         (["colours", "--compare", "nobody"], "no run nobody"),
-                        (["colours", "--init", "rundom"], "rundom is missing; --init is"),
+                        (["colours", "--init", "rundom"], "rundom is no classifier; --init is"),
                         (["colours", "--data", "no"], "no dataset no")):
         capsys.readouterr()
         assert D.main(args) == 2

@@ -13,10 +13,10 @@ The pictures are those of val/, or where there is none, of the folder. The ideas
 import argparse
 import json
 import math
+import re
 import sys
-from collections import defaultdict
 from dataclasses import fields
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -31,27 +31,33 @@ import simfle
 
 # ===== 4.4 Drawing =====
 
-GAP, LINE = 6, 18  # pixels between cells, and of a line of text
+# Pixels between cells, and of a line of text; the colours of curves.
+GAP, LINE, COLOURS = 6, 18, ("#1f5fa8", "#d55e00", "#009e73", "#b0409a")
 
 
-def write(picture: Image.Image, x: float, y: float, text: str, size: int = 13, anchor: str = "la",
-          colour: str = "black") -> None:
-    """Text at a place; anchor as in Pillow."""
-    ImageDraw.Draw(picture).text((x, y), text, colour, ImageFont.load_default(size), anchor)
+def write(on: Image.Image, x: float, y: float, text: str, size=13, anchor="la", colour="black"):
+    """Text at a place of a picture; anchor as in Pillow."""
+    ImageDraw.Draw(on).text((x, y), text, colour, ImageFont.load_default(size), anchor)
 
 
-def heat(values: Tensor, low: float, high: float, scale: int = 16) -> Image.Image:
-    """(h, w) numbers as a picture of squares: dark blue is low or NaN, yellow is high. (ours)"""
+def width(lines: list[str], size: int) -> int:
+    """Of the longest line, in pixels."""
+    return round(max(map(ImageFont.load_default(size).getlength, "\n".join(lines).split("\n"))))
+
+
+def heat(values: Tensor, low: float, high: float, size: int = 112) -> Image.Image:
+    """h·h numbers as squares: dark blue is low or NaN, yellow is high. (ours)"""
     share = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num()
+    share = share.reshape(math.isqrt(values.numel()), -1)
     picture = ImageOps.colorize(TF.to_pil_image(share), "#28145a", "#fae63c", mid="#28968c")
-    return ImageOps.scale(picture, scale, Image.Resampling.NEAREST)
+    return picture.resize((size, size), Image.Resampling.NEAREST)
 
 
 def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image.Image:
-    """A face (3, H, W) in [0, 1], under its attention (H, W), over two lines of text if any."""
+    """A face (3, H, W) in [0, 1], under its attention (112, 112), over two lines of text if any."""
     face = TF.to_pil_image(x).resize((112, 112), Image.Resampling.BOX)
     if cam is not None:
-        face = Image.blend(face, heat(cam, 0, 1, 1).resize(face.size), 0.5)
+        face = Image.blend(face, heat(cam, 0, 1), 0.5)
     if text is not None:
         face = ImageOps.expand(face, (0, 0, 0, 2 * LINE), "white")
         write(face, 0, 114, text, 12)
@@ -61,12 +67,9 @@ def cell(x: Tensor, cam: Tensor | None = None, text: str | None = None) -> Image
 def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
           columns: list[str] = (), note: str = "") -> Image.Image:
     """Pictures of one size in rows with names, columns with names, and a note."""
-    draw, (w, h), top = ImageDraw.Draw(rows[0][0]), rows[0][0].size, (2 + bool(columns)) * LINE
-    left, wide = (round(2 * GAP + draw.textbbox((0, 0), "\n".join(lines),
-                                                ImageFont.load_default(size))[2])
-                  for lines, size in ((names, 13), ((title, note), 17)))
-    picture = Image.new("RGB", (max(left + max(map(len, rows)) * (w + GAP), wide),
-                                top + len(rows) * (h + GAP) + 2 * LINE * bool(note)), "white")
+    (w, h), top, left = rows[0][0].size, (2 + bool(columns)) * LINE, 2 * GAP + width(names, 13)
+    wide = max(left + max(map(len, rows)) * (w + GAP), 2 * GAP + width([title, note], 17))
+    picture = Image.new("RGB", (wide, top + len(rows) * (h + GAP) + 2 * LINE * bool(note)), "white")
     write(picture, GAP, GAP, title, 17)
     write(picture, GAP, picture.height - LINE, note, 12)
     for c, name in enumerate(columns):
@@ -78,23 +81,39 @@ def sheet(title: str, rows: list[list[Image.Image]], names: list[str] = (),
     return picture
 
 
-def plot(title: str, points: list[tuple[float, float]]) -> Image.Image:
-    """A curve through points (x, y) at equal distances; what is not finite is left out."""
-    x, y = zip(*[p for p in points if math.isfinite(p[1])] or [(0, 0.0)])
-    last, low, high = len(x) - 1, min(y), max(y)
-    at = [(70 + 320 * i / max(1, last), 160 - 120 * (v - low) / (high - low or 1))
-          for i, v in enumerate(y)]
+def ticks(values: list[float]) -> dict[float, str]:
+    """Round numbers that span the values, at most seven at equal distances, with their labels."""
+    low, high = min(values), max(values)
+    span = high - low or abs(high) or 1
+    p, step = next((p, m * 10.0**p) for p in range(-99, 99) for m in (1, 2, 5)
+                   if 5 * m * 10.0**p >= span)
+    first, last = math.floor(round(low / step, 6)), math.ceil(round((low + span) / step, 6))
+    return {k * step: f"{k * step:,.{max(0, -p)}f}" for k in range(first, last + 1)}
+
+
+def plot(title: str, curves: dict[str, list[tuple[float, float]]], *shown: float) -> Image.Image:
+    """Up to four curves through points (x, y), with a legend of their names. What is not finite is
+    left out. shown: numbers that the axis of y must reach."""
+    curves = {name: [p for p in points if math.isfinite(p[1])] for name, points in curves.items()}
+    x, y = zip(*sum(curves.values(), []) or [(0, 0.0)])
+    below, beside = ticks(x), ticks([*y, *shown])
     picture = Image.new("RGB", (420, 190), "white")
-    draw = ImageDraw.Draw(picture)
+    draw, (u0, *_, u1), (v0, *_, v1) = ImageDraw.Draw(picture), below, beside
+
+    def at(u: float, v: float) -> tuple[float, float]:
+        return 70 + 320 * (u - u0) / (u1 - u0), 165 - 120 * (v - v0) / (v1 - v0)
+
     write(picture, GAP, GAP, title, 14)
-    for k in range(5):
-        i, height = round(k / 4 * last), 160 - 30 * k
-        draw.line([(70, height), (390, height)], "#dddddd")
-        write(picture, 65, height, f"{low + k / 4 * (high - low):.4g}", 12, "rm")
-        write(picture, at[i][0], 165, f"{x[i]:,}", 12, "ma")
-    draw.line(at, "#1f5fa8", 2)
-    for u, v in at if last < 20 else ():
-        draw.ellipse([u - 3, v - 3, u + 3, v + 3], "#1f5fa8")
+    for v, text in beside.items():
+        draw.line([at(u0, v), at(u1, v)], "#dddddd")
+        write(picture, 65, at(u0, v)[1], text, 12, "rm")
+    for u, text in below.items():
+        write(picture, at(u, v0)[0], 170, text, 12, "ma")
+    for i, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS)):
+        write(picture, 70 + i * 320 / len(curves), 26, name, 12, colour=colour)
+        draw.line([at(*p) for p in points], colour, 2)
+        for u, v in map(at, *zip(*points)) if 0 < len(points) < 20 else ():
+            draw.ellipse([u - 3, v - 3, u + 3, v + 3], colour)
     return picture
 
 
@@ -113,16 +132,23 @@ def unpatchify(patches: Tensor, mae: simfle.MaskedAutoencoder) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(model: nn.Module, x: Tensor, draws: list[int], colours) -> tuple[Tensor, Tensor]:
-    """x (B, 3, 112, 112) in [0, 1]; draws: the channel group of each image (for other maskings than
-    the semantic one, draws[0] is the seed of all) -> x with the masked patches grey; what the
-    autoencoder makes of that, the visible patches pasted back. (Fig. 4) With `norm_pix` it guesses
-    a patch's pattern, not its light: mean and standard deviation are the original's."""
+def reconstruct(model: nn.Module, x: Tensor, groups: list[int], colours) -> tuple[Tensor, ...]:
+    """Masks faces and guesses what is masked. (Fig. 4)
+
+    With `norm_pix` the autoencoder guesses a patch's pattern, not its light. Mean and standard
+    deviation are then the original's.
+
+    Args:
+        x: faces (B, 3, 112, 112) in [0, 1].
+        groups: the channel group of each image; empty for masking at random.
+        colours: mean and standard deviation for `simfle.normalise`.
+    Returns:
+        x with the masked patches grey; what the autoencoder makes of that, the visible patches
+        pasted back; the scores a (B, 49) that chose the mask."""
     ffl, mae, I = model.ffl, model.ffl.mae, simfle.normalise(x, colours)
     C = ffl.grouping(model.backbone(I)[0])
-    semantic = type(ffl.masking) is simfle.SemanticMasking
-    torch.manual_seed(draws[0])
-    a = ffl.masking.scores(C, torch.tensor(draws)) if semantic else ffl.masking(C)[0]
+    torch.manual_seed(0)  # random masks are the same in every drawing
+    a = ffl.masking.scores(C, torch.tensor(groups)) if groups else ffl.masking(C)[0]
     keep, mask = simfle.mask_lowest(a, ffl.masking.ratio)
     masked, patches = mask[:, :, None] > 0, mae.patchify(I)
     guess = mae.decode(mae.encode(patches, keep), keep)
@@ -131,24 +157,29 @@ def reconstruct(model: nn.Module, x: Tensor, draws: list[int], colours) -> tuple
         guess = guess * (var + simfle.PIXEL_EPS).sqrt() + mean
     mean, std = (torch.tensor(c)[:, None, None] for c in colours)
     whole = unpatchify(torch.where(masked, guess, patches), mae) * std + mean
-    return unpatchify(torch.where(masked, 0.5, mae.patchify(x)), mae), whole.clamp(0, 1)
+    return unpatchify(torch.where(masked, 0.5, mae.patchify(x)), mae), whole.clamp(0, 1), a
 
 
-def figures_masks(model: nn.Module, x: Tensor, colours) -> dict[str, Image.Image]:
-    """Three faces masked eight times each, and eight with their reconstructions. (Fig. 4 a, b)"""
+def figures_masks(model: nn.Module, x: Tensor, colours):
+    """Names and sheets: three faces masked eight times each, with the scores behind a semantic
+    mask; and eight faces with their reconstructions. (Fig. 4 a, b)"""
     semantic = type(model.ffl.masking) is simfle.SemanticMasking
-    draws = [i * model.ffl.groups // 8 for i in range(8)] if semantic else list(range(8))
-    above = [(face, *reconstruct(model, face.expand(8, -1, -1, -1), draws, colours)[0])
-             for face in x[:3]]
-    below = [[cell(p) for p in row] for row in (x, *reconstruct(model, x, draws[:len(x)], colours))]
-    names = [f"group {g}" for g in draws] if semantic else ["one draw"] * 8
-    light = " Mean and contrast of each patch are the original's." if model.ffl.mae.norm_pix else ""
-    return {"masks": sheet("What the masking keeps, by channel group (Fig. 4 a)",
-                           [[cell(p) for p in row] for row in above],
-                           columns=["original", *names], note="Grey patches are masked."),
-            "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
-                                     ["original", "masked", "reconstructed"],
-                                     note="Visible patches are pasted back." + light)}
+    groups = [i * model.ffl.groups // 8 for i in range(8)] if semantic else []
+    above, columns = [], [f"group {g}" for g in groups] or ["one draw"] * 8
+    for face in x[:3]:
+        masked, _, scores = reconstruct(model, face.expand(8, -1, -1, -1), groups, colours)
+        above.append([cell(p) for p in (face, *masked)])
+        if semantic:
+            above.append([cell(torch.ones_like(face)), *(heat(a, *a.aminmax()) for a in scores)])
+    yield "masks", sheet("What the masking keeps (Fig. 4 a)", above,
+                         ["masked", "score"] * len(x[:3]) * semantic, ["original", *columns],
+                         "Grey patches are masked." + " Yellow: a map's highest score." * semantic)
+    below = [x, *reconstruct(model, x, groups[:len(x)], colours)[:2]]
+    light = " Mean and contrast of each patch are the original's." * model.ffl.mae.norm_pix
+    yield "reconstructions", sheet("Reconstructed from what is kept (Fig. 4 b)",
+                                   [[cell(p) for p in row] for row in below],
+                                   ["original", "masked", "reconstructed"],
+                                   note="Visible patches are pasted back." + light)
 
 
 def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
@@ -156,11 +187,9 @@ def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
     the logs hold. (Fig. 3: its upper row is a run with random masking, its lower one a semantic
     one's)"""
     rows, names = [], []
+    logs = {run: some for run, log in logs.items() if (some := [r for r in log if "masked" in r])}
     for run, records in logs.items():
-        records = [r for r in records if "masked" in r]
         epochs = sorted({r["epoch"] for r in records})
-        if not epochs:
-            continue
         few = [epochs[i] for i in torch.linspace(0, len(epochs) - 1, min(8, len(epochs))).int()]
         sums = [torch.tensor([(r["masked_error"], r["masked"]) for r in records
                               if r["epoch"] == epoch]).sum(dim=0) for epoch in few]
@@ -169,17 +198,21 @@ def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
         hidden = simfle.mask_lowest(masked[:1], simfle.run_settings(run)["mask_ratio"])[1].mean()
         for name, maps in (("error where masked", error / masked.clamp(min=1)),
                            ("share kept", 1 - hidden * masked / masked.mean(dim=1, keepdim=True))):
-            low, high, side = maps.min().item(), maps.max().item(), math.isqrt(maps.shape[1])
-            rows.append([heat(m.reshape(side, side), low, high, 112 // side) for m in maps])
-            names.append(f"{run}: {name}\nepochs {', '.join(map(str, few))}\ndark blue: {low:.3g}"
-                         f"\nyellow: {high:.3g}")
+            low, high = maps.min().item(), maps.max().item()
+            rows.append([heat(m, low, high) for m in maps])
+            names += [f"{run}: {name}\nepochs {str(few)[1:-1]}\nblue {low:.3g}, yellow {high:.3g}"]
     return sheet("What is hard, and what is kept (Fig. 3)", rows, names) if rows else None
 
 
 # ===== 4.4 Attention and numbers =====
 
 
-def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
+def spoken(name: str) -> str:
+    """A class's name without the digits that order the folders: 1_happiness -> happiness."""
+    return re.sub(r"^\d+_(?=.)", "", name)
+
+
+def grad_cam(A: Tensor, gradient: Tensor, size: int = 112) -> Tensor:
     """Where a classifier looks for a class. (Sec. 4.4, Grad-CAM) A (B, c′, h, w): the last map;
     gradient (B, c′): of the class's logit, summed over A's positions; behind a mean and a linear
     layer, the layer's row of the class. Returns (B, size, size) from 0 to 1."""
@@ -190,11 +223,10 @@ def grad_cam(A: Tensor, gradient: Tensor, size: int) -> Tensor:
 
 def classifier(path: Path):
     """A saved classifier as a function: paths -> pictures (B, 3, H, W) in [0, 1], the names of the
-    classes they are taken for, attention for those (B, H, W). Raises UserError."""
+    classes they are taken for, attention for those (B, 112, 112). Raises UserError."""
     saved = simfle.load_file(path) if path.exists() else {}
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
-        fault = "no classifier" if path.exists() else "missing"
-        raise simfle.UserError(f"{path} is {fault}; --init is random or a classifier of --eval.")
+        raise simfle.UserError(f"{path} is no classifier; --init is random or one of --eval.")
     net = simfle.RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     simfle.load_weights(path, net, saved["model"])
@@ -204,8 +236,7 @@ def classifier(path: Path):
         x = read_faces(paths, saved["size"])
         A = simfle.feature_map(net, simfle.normalise(x, (saved["mean"], saved["std"])))
         label = net.fc(A.mean(dim=(2, 3))).argmax(dim=1)
-        return (x, [saved["classes"][k] for k in label],
-                grad_cam(A, net.fc.weight[label], saved["size"]))
+        return x, [spoken(saved["classes"][k]) for k in label], grad_cam(A, net.fc.weight[label])
     return look
 
 
@@ -232,35 +263,44 @@ def figure_attention(title: str, looks: dict, pictures: list[tuple]) -> Image.Im
 
 def figure_confusion(result: dict, name: str) -> Image.Image:
     """Rows are what pictures are, columns what they were taken for, in percent. (Fig. 7)"""
-    counts, names, rows = torch.tensor(result["confusion"]).float(), list(result["per_class"]), []
-    for row in 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1):
-        rows.append([heat(v.reshape(1, 1), 0, 100, 84) for v in row])
+    names, rows = [spoken(name) for name in result["per_class"]], []
+    for row in 100 * nn.functional.normalize(torch.tensor(result["confusion"]).float(), 1, dim=1):
+        rows.append([heat(v, 0, 100, 84) for v in row])
         for one, v in zip(rows[-1], row.tolist()):
             write(one, 42, 42, f"{v:.1f}", 14, "mm", "black" if v > 60 else "white")
     return sheet(f"{name}: rows are the class, columns what it was taken for, % (Fig. 7)", rows,
-                 names, [n[:14] for n in names],
-                 note=f"accuracy {result['accuracy']:.2f} %, mean of the classes "
-                      f"{result['mean_accuracy']:.2f} %, {result['images']} images")
+                 names, [n[:14] for n in names], f"accuracy {result['accuracy']:.2f} %, mean of "
+                 f"the classes {result['mean_accuracy']:.2f} %, {result['images']} images")
 
 
 def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     """Linear accuracy on `data` against α or β: for each value the mean over the runs that were
     pre-trained as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
-    points = defaultdict(list)
+    points = {}
     same = {f.name for f in fields(simfle.Settings) if not f.metadata["free"]} - {key, "seed"}
     same |= {"lr", "weight_decay", "batch_size", "epochs", "steps", "init"}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = simfle.run_settings(path.parent.name)
         if settings and all(settings.get(k) == own.get(k) for k in same):
-            points[settings.get(key)].append(json.loads(path.read_bytes())["accuracy"])
+            points.setdefault(settings[key], []).append(json.loads(path.read_bytes())["accuracy"])
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
-    return plot(f"linear accuracy, %, against {key} (Fig. 5)", curve) if len(curve) > 1 else None
+    return plot(f"linear accuracy, %, by {key} (Fig. 5)", {"": curve}) if len(curve) > 1 else None
 
 
-def figure_curves(records: list[dict]) -> Image.Image | None:
-    """What the log holds, over the steps."""
-    keys = dict.fromkeys(k for r in records for k, v in r.items() if isinstance(v, float))
-    plots = [plot(f"{k}, by step", [(r["step"], r[k]) for r in records if k in r]) for k in keys]
+def figure_curves(records: list[dict], alpha: float, beta: float) -> Image.Image | None:
+    """What the log holds, over the steps. One plot has the terms of Eq. 6 as they enter the sum:
+    alpha times L_d and beta times L_g."""
+    eq6, eq2 = "terms of the loss (Eq. 6)", "mean squared cosine D of channels (Eq. 2)"
+    known = {"L_s": (eq6, "L_s", 1), "L_r": (eq6, "L_r", 1), "L_d": (eq6, f"{alpha:g} L_d", alpha),
+             "L_g": (eq6, f"{beta:g} L_g", beta), "D2_between": (eq2, "between groups", 1),
+             "D2_within": (eq2, "within groups", 1), "rate": ("learning rate", "", 1),
+             "spread": ("spread of z (0: collapse)", "", 1), "gradient": ("gradient norm", "", 1)}
+    curves = {}
+    for key in dict.fromkeys([*known, *(k for r in records for k in r if k != "loss")]):
+        title, name, w = known.get(key, (key, "", 1))
+        if points := [(r["step"], w * r[key]) for r in records if isinstance(r.get(key), float)]:
+            curves.setdefault(f"{title}, by step", {})[name] = points
+    plots = [plot(*curve, 0) for curve in curves.items()]
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)]) if plots else None
 
 
@@ -275,7 +315,7 @@ def some_pictures(folder: Path, seed: int, count: int) -> list[tuple[str, str | 
     classes, paths, labels = simfle.labelled_pictures(val)
     order = torch.randperm(len(paths), generator=simfle.generator_of(seed, "figures")).tolist()
     turns = zip_longest(*([i for i in order if labels[i] == k] for k in range(len(classes))))
-    return [(paths[i], classes[labels[i]]) for turn in turns for i in turn if i is not None][:count]
+    return [(paths[i], spoken(classes[labels[i]])) for i in chain(*turns) if i is not None][:count]
 
 
 def read_log(run: str) -> list[dict]:
@@ -290,21 +330,20 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
     model, pictures, looks = simfle.build_model(s).eval(), some_pictures(folder, s.seed, 512), {}
     if not untrained and not args.data:  # what does not depend on the pictures
         logs = {name: read_log(name) for name in (args.run, *args.compare)}
-        yield "curves", figure_curves(logs[args.run])
+        yield "curves", figure_curves(logs[args.run], s.alpha, s.beta)
         yield "refinement", figure_refinement(logs)
         for path in sorted(run.glob("eval-*.json")):
             name, result = path.stem.removeprefix("eval-"), json.loads(path.read_bytes())
             yield f"confusion-{name}", figure_confusion(result, name)
             data = simfle.data_name(result["settings"]["data"])
-            if name == f"linear-{data}":
-                for key in ("alpha", "beta"):
-                    yield f"{key}-{data}", figure_sweep(key, vars(s), data)
+            for key in ("alpha", "beta") if name == f"linear-{data}" else ():
+                yield f"{key}-{data}", figure_sweep(key, vars(s), data)
     if not untrained:
         path = run / "checkpoint.pt"
         simfle.load_weights(path, model, simfle.load_file(path)["model"])
     if model.ffl is not None:
         x = read_faces([p for p, _ in pictures[:8]], s.ffl_size)
-        yield from figures_masks(model, x, simfle.colours_of(folder)).items()
+        yield from figures_masks(model, x, simfle.colours_of(folder))
     for name in () if untrained else (args.run, *args.compare):
         own = find_classifier(name, simfle.data_name(str(folder)))
         path = Path(args.init) if args.init and name == args.run else own
@@ -330,7 +369,6 @@ def draw(args: argparse.Namespace) -> None:
     folder, target = simfle.find_data(args.data or s.data), Path("runs", args.run, "figures")
     suffix = "-untrained" if args.init == "random" else f"-{Path(args.init).stem}" * bool(args.init)
     suffix += f"-{simfle.data_name(args.data)}" if args.data else ""  # beside the run's own
-    target.mkdir(parents=True, exist_ok=True)
     for name, picture in figures_of(args, s, folder):
         if picture is not None:
             path = target / f"{name}{suffix}.png"
