@@ -1452,7 +1452,7 @@ def write_whole(path: Path, write) -> None:
 
 def write_json(path: Path, content: dict) -> None:
     """Writes `content` as a whole file. Raises UserError, as `write_whole` does."""
-    write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    write_whole(path, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
 
 
 def lock(path: Path):
@@ -2203,10 +2203,11 @@ VITS = {"base": {}, "tiny": dict(  # base: `MaskedAutoencoder` as it stands
     width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2, decoder_heads=4)}
 
 
-# Ours: laptop, for two cores. Views of 64 pixels, and 7 × 7 patches of 8 pixels.
+# Ours: laptop, for two cores. Views of 64 pixels, and 7 × 7 patches of 8 pixels. 1,000 steps of 32
+# images told more than 500 of 64 (39.2 % against 34.8 of toy faces; --ffl none, one seed).
 PRESETS = {"paper": {},
            "laptop": dict(arch="small", vit="tiny", view_size=64, ffl_size=56, patch=8, hidden=512,
-                          batch_size=64, lr=0.4, steps=400, crop_min=0.3)}
+                          batch_size=32, lr=0.8, steps=1000, crop_min=0.3)}
 
 
 # Supplement B. Rates are per 256 images: 2.0 at 1024; 0.05 and 0.001 at 512.
@@ -2299,8 +2300,8 @@ def read_arguments(argv: list[str] | None = None) -> dict:
         raise UserError(f"{message}; {launch}.")
 
     parser = argparse.ArgumentParser(
-        prog="simfle.py", allow_abbrev=False, description="SimFLE: self-supervised facial "
-        "expression recognition. Defaults in brackets: the paper's pre-training.")
+        allow_abbrev=False, description="SimFLE: self-supervised facial expression recognition. "
+        "Defaults in brackets: the paper's pre-training.")
     parser.error = complain
     for f in fields(Settings)[:-1]:  # all but `tag`
         kind = {"type": type(f.default), "metavar": f.name.upper()}

@@ -194,7 +194,7 @@ def moco(s: simfle.Settings, backbone: Backbone, head, t: float) -> MoCo:
     """MoCo, or with `two_layers` MoCo v2, of the settings' size.
 
     Queue and EMA decay are MoCo's own with the preset `paper`, unless --tau is given. Over the
-    laptop's 400 steps a target with a decay of 0.999 would hardly move."""
+    laptop's 1,000 steps a target with a decay of 0.999 would hardly move."""
     own = s.preset == "paper"
     tau = 0.999 if own and s.tau == simfle.Settings.tau else s.tau
     return MoCo(backbone, head, s.outputs // 2, 65_536 if own else 1_024, t, tau)
