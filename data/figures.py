@@ -196,9 +196,10 @@ def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
         error, masked = torch.stack(sums, dim=1)  # (8, 49) each
         # The share of the patches that is masked, over the mean of the counts.
         hidden = simfle.mask_lowest(masked[:1], simfle.run_settings(run)["mask_ratio"])[1].mean()
-        for name, maps in (("error where masked", error / masked.clamp(min=1)),
+        for name, maps in (("error where masked", error / masked),
                            ("share kept", 1 - hidden * masked / masked.mean(dim=1, keepdim=True))):
-            low, high = maps.min().item(), maps.max().item()
+            seen = maps[maps.isfinite()]  # a patch that was never masked has no error
+            low, high = seen.min().item(), seen.max().item()
             rows.append([heat(m, low, high) for m in maps])
             names += [f"{run}: {name}\nepochs {str(few)[1:-1]}\nblue {low:.3g}, yellow {high:.3g}"]
     return sheet("What is hard, and what is kept (Fig. 3)", rows, names) if rows else None
@@ -278,7 +279,7 @@ def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     pre-trained as `own` but for it and the seed; None where there is one value. (Fig. 5)"""
     points = {}
     same = {f.name for f in fields(simfle.Settings) if not f.metadata["free"]} - {key, "seed"}
-    same |= {"lr", "weight_decay", "batch_size", "epochs", "steps", "init"}
+    same |= {"data", "lr", "weight_decay", "batch_size", "epochs", "steps", "init"}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
         settings = simfle.run_settings(path.parent.name)
         if settings and all(settings.get(k) == own.get(k) for k in same):
