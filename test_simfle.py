@@ -2657,6 +2657,13 @@ def test_pictures_are_upright_and_other_files_are_counted(tmp_path, capsys):
     assert "3 files that Pillow does not read are left out" in capsys.readouterr().out
     x = S.read_picture(tmp_path / "turned.jpg")
     assert x.shape == (3, 60, 30) and x[:, :28].max() < 30 and x[:, 32:].min() > 220
+    # prepare.py keeps that, as a link to the whole picture and as a smaller copy.
+    for size, shape in ((0, (3, 60, 30)), (20, (3, 40, 20))):
+        target = tmp_path / f"made/{size}.jpg"
+        R.make(R.Picture("train", 0, target.name, tmp_path, "turned.jpg", None, None), tmp_path,
+               target, size)
+        x = S.read_picture(target)
+        assert x.shape == shape and x[:, 2 * shape[2] // 5].max() < 50
 
 
 @pytest.mark.parametrize("mode, white", [("I;16", 4095), ("I;16", 65_535), ("I;16", 255),

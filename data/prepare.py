@@ -39,7 +39,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from PIL import Image, ImageStat
+from PIL import Image, ImageOps, ImageStat
 
 CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
            "4_fear", "5_disgust", "6_anger", "7_contempt")
@@ -569,8 +569,10 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
         with (Image.open(source) if source
               else Image.frombytes("L", (48, 48), picture.grey)) as whole:
             whole.load()
-            cut = cropped(whole, picture.box, size)
-            if cut is whole and source:
+            # A box counts pixels as they are stored. A whole picture is made smaller upright.
+            upright = whole if picture.box else ImageOps.exif_transpose(whole)
+            cut = cropped(upright, picture.box, size)
+            if cut is upright and source:
                 result = moments(whole)
             else:
                 content, kind = io.BytesIO(), Image.registered_extensions()[target.suffix.lower()]
