@@ -488,8 +488,10 @@ class SemanticMasking(nn.Module):
 def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Masks the patches with the lowest scores. (Sec. 3.2)
 
-    Paper: "the patches are masked in ascending order". Of equal scores the first is kept. At least
-    one patch is kept and one is masked; N_p ≥ 2.
+    Paper: "the patches are masked in ascending order". Of equal scores, chance decides. Many are 0,
+    since a group finds nothing in much of a face: in 26 % of the masks fewer than 12 patches scored
+    more. (Photographs, --preset laptop --steps 2000, seed 0.) Else the first patches of the image
+    would be kept each time. At least one patch is kept and one is masked; N_p ≥ 2.
 
     Args:
         a: scores (B, N_p).
@@ -499,7 +501,9 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         mask: (B, N_p), 0 kept and 1 masked."""
     B, N_p = a.shape
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
-    keep = a.argsort(dim=1, descending=True, stable=True)[:, :kept]
+    mixed = torch.rand_like(a).argsort(dim=1)  # a stable sort leaves equals in this random order
+    best = a.gather(1, mixed).argsort(dim=1, descending=True, stable=True)[:, :kept]
+    keep = mixed.gather(1, best)
     return keep, torch.ones_like(a).scatter(1, keep, 0.0)
 
 

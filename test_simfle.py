@@ -363,6 +363,17 @@ def test_every_image_draws_a_group_of_its_own_and_all_alike_often():
     assert sum(counts) == 400 and min(counts) > 50
 
 
+def test_of_equal_scores_chance_decides_and_higher_ones_are_kept_all_the_same():
+    a = torch.zeros(2000, 8)
+    a[:, 5] = 1.0
+    torch.manual_seed(0)
+    keep, mask = S.mask_lowest(a, 0.75)
+    assert (keep[:, 0] == 5).all() and (mask.sum(dim=1) == 6).all()
+    assert torch.equal(mask, torch.ones_like(a).scatter(1, keep, 0.0))
+    counts = torch.bincount(keep[:, 1], minlength=8)
+    assert counts[5] == 0 and counts[torch.arange(8) != 5].min() > 220  # 286 on average
+
+
 def test_bf16_does_not_change_a_mask():
     C = seeded(64, 8, 4, 4)
     masking, grouping = S.SemanticMasking(4, 28, 4), S.ChannelGrouping(8, 4)
