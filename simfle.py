@@ -1824,7 +1824,7 @@ def pretrain(s: Settings, world: World) -> None:
 
     from_rank0(world, read_start)
     model = build_model(s, start.get("model"))  # `set_up` copies rank 0's weights to all ranks
-    t = set_up(s, world, model, model, faces, path)
+    t = set_up(s, world, model, model, faces, path, colours=colours)
 
     def step(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         v1, v2 = (augment(batch["views"][:, i], colours) for i in range(2))
@@ -2151,8 +2151,8 @@ def train_classifier(s: Settings, world: World, net: nn.Module, faces: Faces, co
     frozen = s.eval == "linear"
     net.train(not frozen)  # departure 20: BatchNorm in train mode wherever all is trained
     t = set_up(s, world, net, net.fc if frozen else net, faces, path, partial=True,
-               weights=weights if s.oversample else None, cosine=not frozen, start=start,
-               protocol=(s.eval, s.labels, s.oversample))
+               weights=weights if s.oversample else None, cosine=not frozen, colours=colours,
+               start=start, protocol=(s.eval, s.labels, s.oversample))
 
     def step(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x, label = normalise(batch["views"][:, 0], colours), batch["label"]

@@ -1238,6 +1238,9 @@ def test_the_pictures_names_and_sizes_identify_the_data(toy, tmp_path, monkeypat
     extra = shutil.copy(picture, picture.with_stem("zzz"))
     assert "are not those it saw" in complaint([*args, "2"], tmp_path, monkeypatch, capsys)
     Path(extra).unlink()
+    text(faces / "stats.json", json.dumps(dict(own_colours=True, mean=[.1] * 3, std=[.2] * 3)))
+    assert "colours was " in complaint([*args, "2"], tmp_path, monkeypatch, capsys)
+    (faces / "stats.json").unlink()
     shutil.move(faces, tmp_path / "elsewhere")  # the same data in another place
     assert in_process("--data", "elsewhere", "--name", "faces", *args[2:], "2", cwd=tmp_path,
                       monkeypatch=monkeypatch) == 0
