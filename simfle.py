@@ -1382,8 +1382,8 @@ def in_parallel(world: World, module: nn.Module) -> nn.Module:
     first step on. So a resumed run sums gradients in the same order."""
     if world.size == 1:
         return module
-    # Two warnings that mean nothing here: one of `broadcast_buffers`, and on GPUs one of the strides
-    # of 1 × 1 convolutions, whose weights lie in memory alike in either format.
+    # Two warnings that mean nothing here. One is of `broadcast_buffers`. The other, on GPUs, is of
+    # the strides of 1 × 1 convolutions: their weights lie in memory alike in either format.
     warnings.filterwarnings("ignore", ".*broadcast_buffers.*|Grad strides do not match.*")
     return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 

@@ -569,8 +569,7 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
         with (Image.open(source) if source
               else Image.frombytes("L", (48, 48), picture.grey)) as whole:
             whole.load()
-            # A box counts pixels as they are stored. A whole picture is made smaller upright.
-            upright = whole if picture.box else ImageOps.exif_transpose(whole)
+            upright = whole if picture.box else ImageOps.exif_transpose(whole)  # boxes: as stored
             cut = cropped(upright, picture.box, size)
             if cut is upright and source:
                 result = moments(whole)
