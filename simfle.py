@@ -2002,9 +2002,9 @@ def converged_head(x: Tensor, y: Tensor, mass: Tensor,
     standardised. L-BFGS minimises mean cross-entropy + strength/2 ‖W‖², without the bias in ‖W‖. It
     ends when no entry of the gradient is above 1e-5, or after 5,000 iterations.
 
-    The strength matters little: from 3e-4 to 1e-2, accuracies changed by 0.4 to 2.3 points. (Of
-    pixels, an untrained net and one after 500 steps, preset laptop, toy faces and photographs, one
-    seed each.)
+    The strength matters little: from 3e-4 to 1e-2, accuracies changed by 0.4 to 3.1 points. (Of
+    pixels, an untrained net and one trained with --ffl none, preset laptop, on toy faces and on
+    photographs, one seed each.)
 
     Args:
         x: features (N, c′).
