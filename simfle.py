@@ -1594,7 +1594,7 @@ def identity(s: Settings, world: World, data: Path, paths: list[str], batch: int
 
 
 def watched(world: World, loading: DataLoader, first: int, last: int, images: int, status: dict):
-    """Yields a loader's batches. Every ten seconds rank 0 prints a line.
+    """Yields a loader's batches. Every ten seconds, and at the ends, rank 0 prints a line.
 
     The line has what stands in `status`, the mean speed, the share of the time that was spent
     waiting for the loader, and the time left.
@@ -1604,15 +1604,14 @@ def watched(world: World, loading: DataLoader, first: int, last: int, images: in
         first, last: its batches are those of the steps `first` to `last` − 1.
         images: images a step, over all ranks.
         status: numbers by name; the caller changes them."""
-    batches, began, waited = iter(loading), time.perf_counter(), 0.0
-    shown = began
+    batches, began, shown, waited = iter(loading), time.perf_counter(), 0.0, 0.0
     for done in range(first + 1, last + 1):
         asked = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - asked
         yield batch
         now = time.perf_counter()
-        if done == last or now - shown > 10:
+        if done in (first + 1, last) or now - shown > 10:
             shown, spent = now, now - began
             told = [f"{done:,}/{last:,}", *(f"{k} {round(v, 4)}" for k, v in status.items())]
             told += [f"{images * (done - first) / spent:.0f} images/s",

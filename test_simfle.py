@@ -52,7 +52,8 @@ import prepare as R
 import probe as P
 
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
-        "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1"]
+        "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1",
+        "--lr", "0.4"]
 warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)
 
 
