@@ -2439,6 +2439,7 @@ Which of {len(trained["per_class"])} expressions does a toy face wear? A linear 
   {pixels["accuracy"]:5.1f} %  from raw pixels, 16 × 16
   {untrained["accuracy"]:5.1f} %  from the backbone before training
   {trained["accuracy"]:5.1f} %  from the backbone after it; the training saw no labels
+At this size the masked autoencoder adds nothing measurable (README, Results).
 Pictures of what it has learnt: {Path("runs", s.name, "figures")}
 Next, on photographs: git clone https://github.com/muxspace/facial_expressions
   python {HERE / "data" / "prepare.py"} muxspace --src facial_expressions
