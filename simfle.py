@@ -489,9 +489,9 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Masks the patches with the lowest scores. (Sec. 3.2)
 
     Paper: "the patches are masked in ascending order". Of equal scores, chance decides. Many are 0,
-    since a group finds nothing in much of a face: in 26 % of the masks fewer than 12 patches scored
-    more. (Photographs, --preset laptop --steps 2000, seed 0.) Else the first patches of the image
-    would be kept each time. At least one patch is kept and one is masked; N_p ≥ 2.
+    since a group finds nothing in much of a face. In 26 % of the masks fewer than 12 patches scored
+    more. (Photographs, --preset laptop --steps 2000, seed 0.) Without chance the first patches of
+    the image would be kept each time. At least one patch is kept and one is masked; N_p ≥ 2.
 
     Args:
         a: scores (B, N_p).
@@ -545,9 +545,9 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
 
     Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
     With seeds 0, 1 and 2 they did by +0.81, +0.78 and +0.80 on toy faces, and by +0.30, +0.23 and
-    +0.30 on photographs. With κ = 0 it was +0.68 on toy faces (seed 0), and +0.10 and +0.06 on
-    photographs (seeds 0 and 1). (--preset laptop, on photographs with --steps 2000; `data/probe.py
-    RUN --refinement`.) What the term did to accuracy was within the noise.
+    +0.30 on photographs. With κ = 0 it was +0.68 on toy faces (seed 0). On photographs it was +0.10
+    and +0.06 (seeds 0 and 1). What the term did to accuracy was within the noise. (--preset laptop,
+    on photographs with --steps 2000; `data/probe.py RUN --refinement`.)
 
     Args:
         a: scores (B, 49). Only they get a gradient.

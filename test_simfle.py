@@ -2897,7 +2897,7 @@ def replaying(masks):
 
 @each_part
 def test_under_autocast_every_trained_part_has_the_gradients_of_fp32(options, monkeypatch):
-    """Autocast keeps a weight's bf16 copy. In PyTorch 2.8 a copy that was made under `no_grad` has no
+    """Autocast keeps a weight's bf16 copy. In PyTorch 2.8 a copy made under `no_grad` has no
     gradient. Masks are those of fp32: other patches would be another loss."""
     s, masks, gradients = settings([*TINY, *options.split()]), [], []
     views = [seeded(16, 3, n, n, seed=i) for i, n in enumerate((32, 32, 28))]
