@@ -2002,7 +2002,7 @@ def converged_head(x: Tensor, y: Tensor, mass: Tensor,
     ends when no entry of the gradient is above 1e-5, or after 5,000 iterations.
 
     The strength matters little: from 3e-4 to 1e-2, accuracies changed by 0.4 to 3.1 points. (Of
-    pixels, an untrained net and one trained with --ffl none, preset laptop, on toy faces and on
+    pixels, an untrained net and one trained with --ffl none. Preset laptop, toy faces and
     photographs, one seed each.)
 
     Args:
