@@ -2429,8 +2429,9 @@ def demo(s: Settings, world: World) -> None:
     untrained, trained = (
         evaluate(from_rank0(world, lambda: read_settings(own | more)), world)
         for more in ({"init": "random", "seed": s.seed}, {}))
-    pixels = from_rank0(world, lambda: json.loads(run_program(
-        "probe.py", s.name, "--init", "pixels", stdout=subprocess.PIPE).splitlines()[-1]))
+    pixels = from_rank0(world, lambda: json.loads(run_program(  # --workers 0 for the memory's sake
+        "probe.py", s.name, "--init", "pixels", "--workers", "0",
+        stdout=subprocess.PIPE).splitlines()[-1]))
     from_rank0(world, lambda: run_program("figures.py", s.name))
     say(world, f"""
 Which of {len(trained["per_class"])} expressions does a toy face wear? A linear classifier, on \

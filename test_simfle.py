@@ -1636,6 +1636,18 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     assert sum(measured["keep_map"]) == pytest.approx(12, abs=0.01)
     alone = ["--data", "colours", "--name", "alone", *TINY, "--steps", "1", "--ffl", "none"]
     assert in_process(*alone, cwd=trained, monkeypatch=monkeypatch) == 0
+    # Another run's masking, with the errors of this one.
+    other = ["--data", "colours", "--name", "other", *TINY, "--steps", "1", "--seed", "5"]
+    assert in_process(*other, cwd=trained, monkeypatch=monkeypatch) == 0
+    crossed = probed("--refinement", "other")
+    assert crossed["measured"] == "refinement, masking of other"
+    assert crossed["error_map"] == measured["error_map"]
+    assert P.main(["other", "--refinement", "--workers", "0"]) == 0
+    own = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert crossed["keep_map"] == own["keep_map"] != measured["keep_map"]
+    assert own["error_map"] != measured["error_map"]
+    in_process(*other, "--name", "fine", "--patch", "2", cwd=trained, monkeypatch=monkeypatch)
+    assert "have other --ffl-size or --patch" in probed("--refinement", "fine", code=2)
     assert P.main(["alone", "--refinement"]) == 2
     assert "has no masking to measure" in capsys.readouterr().err
     assert "other.pt is missing" in probed("--init", "other.pt", code=2)
@@ -2027,7 +2039,8 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
     monkeypatch.setattr(S.subprocess, "run", start)
     assert in_process("--workers", "0", cwd=trained, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    assert commands == [["probe.py", "toy", "--init", "pixels"], ["figures.py", "toy"]]
+    assert commands == [
+        ["probe.py", "toy", "--init", "pixels", "--workers", "0"], ["figures.py", "toy"]]
     drawn = {p.stem for p in (trained / "runs/toy/figures").iterdir()}
     assert drawn >= {"masks", "reconstructions", "attention", "curves", "confusion-linear-toy"}
     untrained, got = (result(trained, f"linear-toy{x}", "toy") for x in ("-init-random", ""))

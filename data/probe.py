@@ -5,6 +5,7 @@
     python data/probe.py RUN --init pixels       the same of the pictures at 16 × 16 pixels
     python data/probe.py RUN --init FILE         the same of a backbone.pt or of a classifier
     python data/probe.py RUN --refinement        whether RUN's masking keeps what is hard to guess
+    python data/probe.py RUN --refinement OTHER  whether OTHER's masking keeps what is hard for RUN
 
 The probe is multinomial logistic regression (`simfle.converged_head`). It sees whole pictures,
 without augmentation, through the frozen backbone in eval mode. It reads train/CLASS/ and val/CLASS/
@@ -65,26 +66,28 @@ def correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4) -> dict:
+def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4,
+                       other: simfle.SimFLE | None = None) -> dict:
     """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
 
     images: (N, 3, 112, 112), normalised, held out, on the model's device. `error_map`: the error of
     every patch where a random mask hides it; `keep_map`: the share of the groups that keep it;
     (49,) each, means over the images. `positions` correlates these maps, `within_image` each
-    image's own two, on average. With random masking, `keep_map` is what the scores would keep."""
-    masking, was_training = model.ffl.masking, model.training
-    draw = simfle.generator_of("measure")
-    model.eval()
+    image's own two, on average. With random masking, `keep_map` is what the scores would keep.
+    `other`: the model whose masking is asked, in eval mode; by default the same."""
+    was_training, draw = model.training, simfle.generator_of("measure")
+    asked = other or model.eval()
+    masking, ratio = asked.ffl.masking, model.ffl.masking.ratio
     errors, keeps = [], []
     for I in images.split(64):
-        C = model.ffl.grouping(model.backbone(I)[0])
+        C = asked.ffl.grouping(asked.backbone(I)[0])
         keeps.append(sum(1 - simfle.mask_lowest(masking.scores(C, group), masking.ratio)[1]
                          for group in torch.arange(masking.groups, device=I.device)
                          [:, None].expand(-1, len(I))) / masking.groups)
         turn = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1).to(I.device)
         error = times = shift = 0
-        for _ in range(max(rounds, math.ceil(1 / masking.ratio))):  # until each has been masked:
-            keep, mask = simfle.mask_lowest(((turn + shift) % turn.shape[1]).float(), masking.ratio)
+        for _ in range(max(rounds, math.ceil(1 / ratio))):  # until each has been masked:
+            keep, mask = simfle.mask_lowest(((turn + shift) % turn.shape[1]).float(), ratio)
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
             shift += keep.shape[1]  # the next few of one random order are kept
         errors.append(error / times.clamp(min=1))
@@ -96,17 +99,38 @@ def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4) ->
                 keep_map=[round(v, 4) for v in kept.mean(0).tolist()])
 
 
-def refinement(s: simfle.Settings, world: simfle.World, paths: list[str], colours) -> dict:
-    """`measure_refinement` of a run's last checkpoint on whole pictures. Raises UserError."""
+def model_of(s: simfle.Settings, world: simfle.World) -> simfle.SimFLE:
+    """The model of a run's last checkpoint, in eval mode. Raises UserError."""
     if s.ffl == "none":
         raise simfle.UserError(f"{s.name} was trained with --ffl none: it has no masking to "
                                f"measure.")
     path = Path("runs", s.name, "checkpoint.pt")
     model = simfle.build_model(s).to(world.device)
     simfle.load_weights(path, model, simfle.load_file(path)["model"])
+    return model.eval()
+
+
+def settings_of(run: str, **changes) -> simfle.Settings:
+    """The settings of a run, with changes. Raises UserError: there is no such run."""
+    stored = simfle.run_settings(run)
+    if not stored:
+        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
+        raise simfle.UserError(f"there is no run {run} with a checkpoint in {Path.cwd()}/runs, "
+                               f"which has {there or 'none'}: choose one of these, or pre-train "
+                               f"one.")
+    return simfle.checked(simfle.Settings(**stored | {"name": run} | changes))
+
+
+def refinement(s: simfle.Settings, other: simfle.Settings, world: simfle.World, paths: list[str],
+               colours) -> dict:
+    """`measure_refinement` of two runs' last checkpoints on whole pictures. Raises UserError."""
+    if (s.ffl_size, s.patch) != (other.ffl_size, other.patch):
+        raise simfle.UserError(f"{s.name} and {other.name} have other --ffl-size or --patch: "
+                               f"compare runs with the same patches.")
+    model, asked = model_of(s, world), model_of(other, world)
     faces = simfle.Faces(paths, image_size=s.ffl_size, labels=[0] * len(paths))
     images, _ = simfle.outputs_of(s, world, nn.Identity(), faces, colours)
-    return measure_refinement(model, images)
+    return measure_refinement(model, images, other=asked)
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -114,15 +138,9 @@ def run(args: argparse.Namespace) -> dict:
     if (args.calibrate or args.seed is not None) and args.init != "random":
         raise simfle.UserError("--calibrate and --seed are for --init random: give them there "
                                "only.")
-    stored, began = simfle.run_settings(args.run), time.perf_counter()
-    if not stored:
-        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
-        raise simfle.UserError(f"there is no run {args.run} with a checkpoint in "
-                               f"{Path.cwd()}/runs, which has {there or 'none'}: choose one of "
-                               f"these, or pre-train one.")
-    seed = stored["seed"] if args.seed is None else args.seed
-    s = simfle.checked(simfle.Settings(
-        **stored | {"name": args.run, "seed": seed, "workers": args.workers}))
+    began = time.perf_counter()
+    s = settings_of(args.run, workers=args.workers,
+                    **{} if args.seed is None else {"seed": args.seed})
     folder, world = simfle.find_data(args.data or s.data), simfle.World()
     if torch.cuda.is_available():
         world = simfle.World(device=torch.device("cuda"))
@@ -131,17 +149,18 @@ def run(args: argparse.Namespace) -> dict:
     same, *val = simfle.labelled_pictures(folder / "val")
     if classes != same:
         raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
-    if args.refinement:
-        result = refinement(s, world, val[0], colours)
+    if args.refinement is not None:
+        other = args.refinement or args.run
+        measured = "refinement" + (f", masking of {other}" if args.refinement else "")
+        result = refinement(s, settings_of(other), world, val[0], colours)
     else:
+        measured = (args.init or "backbone") + (", calibrated" if args.calibrate else "")
         size = 16 if args.init == "pixels" else s.view_size
         splits = [simfle.Faces(paths, image_size=size, labels=labels)
                   for paths, labels in (train, val)]
         net = load_net(args.init, s, world, splits[0], colours, args.calibrate)
         result = probe(*(simfle.outputs_of(s, world, net, faces, colours) for faces in splits),
                        classes)
-    measured = "refinement" if args.refinement else args.init or "backbone"
-    measured += ", calibrated" if args.calibrate else ""
     return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
                 val_pictures=len(val[0])) | result | dict(
                     seconds=round(time.perf_counter() - began, 1))
@@ -154,8 +173,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--init", default="", help="random, pixels or a file; default: backbone.pt")
-    what.add_argument("--refinement", action="store_true",
-                      help="correlate, over the patches of val/, error and frequency of keeping")
+    what.add_argument("--refinement", nargs="?", const="", metavar="OTHER",
+                      help="correlate, over the patches of val/, RUN's error and how often OTHER's "
+                           "masking keeps; default: RUN's own")
     parser.add_argument("--calibrate", action="store_true",
                         help="with --init random: BatchNorm statistics of the training pictures")
     parser.add_argument("--seed", type=int, help="of --init random; default: the run's")
