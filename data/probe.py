@@ -76,7 +76,8 @@ def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4,
     image's own two, on average. With random masking, `keep_map` is what the scores would keep.
     `other`: the model whose masking is asked, in eval mode; by default the same."""
     was_training, draw = model.training, simfle.generator_of("measure")
-    asked = other or model.eval()
+    asked = other or model
+    model.eval()
     masking, ratio = asked.ffl.masking, model.ffl.masking.ratio
     errors, keeps = [], []
     for I in images.split(64):
