@@ -1141,6 +1141,12 @@ def test_training_logs_checkpoints_and_resumes_bit_exactly(toy, tmp_path, monkey
     assert len(records(whole)) == 5
 
 
+def test_the_status_line_keeps_the_digits_of_small_rates(capsys):
+    for _ in S.watched(S.World(), [0], 0, 1, 1, {"rate": 1.25e-5, "epoch": 3}):
+        pass
+    assert "rate 1.25e-05  epoch 3  " in capsys.readouterr().out
+
+
 def test_the_optimiser_is_sgd_on_a_cosine_of_the_rate_per_256_images(toy, tmp_path, monkeypatch):
     s = settings(["--data", toy, *TINY, "--epochs", "3"])
     model = S.build_model(s)
@@ -1425,7 +1431,7 @@ def test_loader_workers_are_a_processes_share_of_the_cores_up_to_8(monkeypatch):
 
 
 def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
-    model = small_model()
+    model = small_model().eval()
     images = torch.randint(0, 256, (20, 3, 28, 28), dtype=torch.uint8)
     hard = torch.zeros(49)
     hard[:12] = 1.0
@@ -1457,7 +1463,7 @@ def test_the_measure_of_refinement_sees_a_masking_that_keeps_what_is_hard():
     model.ffl.masking.ratio = 0.1  # four rounds would not mask every patch
     few = P.measure_refinement(model, S.normalise(images))["error_map"]
     assert min(few) > 0 and [v > 0.5 for v in few] == hard.bool().tolist()
-    assert model.training and groups == {0, 1, 2, 3}
+    assert groups == {0, 1, 2, 3}
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
@@ -1646,6 +1652,10 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     own = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert crossed["keep_map"] == own["keep_map"] != measured["keep_map"]
     assert own["error_map"] != measured["error_map"]
+    (trained / "flat").mkdir()  # pictures without classes
+    (trained / "flat/val").symlink_to(trained / "colours/val/0_a")
+    assert probed("--refinement", "--data", str(trained / "flat"))["val_pictures"] == len(
+        list((trained / "colours/val/0_a").iterdir()))
     in_process(*other, "--name", "fine", "--patch", "2", cwd=trained, monkeypatch=monkeypatch)
     assert "have other --ffl-size or --patch" in probed("--refinement", "fine", code=2)
     assert P.main(["alone", "--refinement"]) == 2
@@ -2067,12 +2077,18 @@ def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch
     S.demo(s, S.World())
     monkeypatch.setenv("LOCAL_RANK", "0")
     code = 1
-    with pytest.raises(S.UserError, match="toy.py failed"):
+    with pytest.raises(S.UserError, match="toy.py ended with code 1"):
         S.demo(s, S.World())
+    code = -2  # Ctrl-C reaches the program of data/ as well
+    S.stop_asked.set()
+    with pytest.raises(S.UserError, match="stopped; the same command") as stopped:
+        S.from_rank0(S.World(), lambda: S.run_program("toy.py"))
+    assert stopped.value.code == 143
+    S.stop_asked.clear()
     (tmp_path / "data/toy").mkdir(parents=True)
     (tmp_path / "data/toy/complete").touch()
     S.demo(s, S.World())
-    assert started == ["toy.py", "evaluation", "evaluation", "toy.py", "evaluation"]
+    assert started == ["toy.py", "evaluation", "evaluation", *2 * ["toy.py"], "evaluation"]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -4257,4 +4273,5 @@ def test_the_words_of_gloo_and_nccl_for_a_dead_peer_are_one_sentence(monkeypatch
                   "Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)"):
         told, code = S.explained(RuntimeError(words))
         assert code == 1 and told.startswith("rank 1 ends, because another one has ended")
-    assert "a fault of the program" in S.explained(RuntimeError("NCCL error: invalid usage"))[0]
+    for error in (RuntimeError("NCCL error: invalid usage"), AttributeError("no attribute reset")):
+        assert "a fault of the program" in S.explained(error)[0]

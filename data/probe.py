@@ -32,8 +32,8 @@ def load_net(init: str, s: simfle.Settings, world: simfle.World, pictures: simfl
              calibrate: bool) -> nn.Module:
     """The ResNet whose pooled features are probed, without `fc` and in eval mode. Raises UserError.
 
-    An untrained net has the BatchNorm statistics that it starts with, mean 0 and variance 1, as it
-    has in `simfle.py --eval --init random`; with `calibrate`, those of `pictures`."""
+    An untrained net has the BatchNorm statistics that it starts with: mean 0 and variance 1, as in
+    `simfle.py --eval --init random`. With `calibrate` it has those of `pictures`."""
     if init == "pixels":
         return nn.Flatten()
     torch.manual_seed(s.seed)
@@ -74,10 +74,8 @@ def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4,
     every patch where a random mask hides it; `keep_map`: the share of the groups that keep it;
     (49,) each, means over the images. `positions` correlates these maps, `within_image` each
     image's own two, on average. With random masking, `keep_map` is what the scores would keep.
-    `other`: the model whose masking is asked, in eval mode; by default the same."""
-    was_training, draw = model.training, simfle.generator_of("measure")
-    asked = other or model
-    model.eval()
+    `other`: the model whose masking is asked, by default the same. Both are in eval mode."""
+    asked, draw = other or model, simfle.generator_of("measure")
     masking, ratio = asked.ffl.masking, model.ffl.masking.ratio
     errors, keeps = [], []
     for I in images.split(64):
@@ -92,7 +90,6 @@ def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4,
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
             shift += keep.shape[1]  # the next few of one random order are kept
         errors.append(error / times.clamp(min=1))
-    model.train(was_training)
     error, kept = torch.cat(errors), torch.cat(keeps)
     return dict(positions=correlation(error.mean(0), kept.mean(0)).item(),
                 within_image=correlation(error, kept).mean().item(),
@@ -128,7 +125,7 @@ def refinement(s: simfle.Settings, other: simfle.Settings, world: simfle.World, 
     if (s.ffl_size, s.patch) != (other.ffl_size, other.patch):
         raise simfle.UserError(f"{s.name} and {other.name} have other --ffl-size or --patch: "
                                f"compare runs with the same patches.")
-    model, asked = model_of(s, world), model_of(other, world)
+    model, asked = model_of(s, world), None if other.name == s.name else model_of(other, world)
     faces = simfle.Faces(paths, image_size=s.ffl_size, labels=[0] * len(paths))
     images, _ = simfle.outputs_of(s, world, nn.Identity(), faces, colours)
     return measure_refinement(model, images, other=asked)
@@ -146,15 +143,15 @@ def run(args: argparse.Namespace) -> dict:
     if torch.cuda.is_available():
         world = simfle.World(device=torch.device("cuda"))
     colours = simfle.colours_of(folder)
-    classes, *train = simfle.labelled_pictures(folder / "train")
-    same, *val = simfle.labelled_pictures(folder / "val")
-    if classes != same:
-        raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
     if args.refinement is not None:
-        other = args.refinement or args.run
+        other, val = args.refinement or args.run, [simfle.find_pictures(folder / "val")]
         measured = "refinement" + (f", masking of {other}" if args.refinement else "")
         result = refinement(s, settings_of(other), world, val[0], colours)
     else:
+        classes, *train = simfle.labelled_pictures(folder / "train")
+        same, *val = simfle.labelled_pictures(folder / "val")
+        if classes != same:
+            raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
         measured = (args.init or "backbone") + (", calibrated" if args.calibrate else "")
         size = 16 if args.init == "pixels" else s.view_size
         splits = [simfle.Faces(paths, image_size=size, labels=labels)
@@ -176,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--init", default="", help="random, pixels or a file; default: backbone.pt")
     what.add_argument("--refinement", nargs="?", const="", metavar="OTHER",
                       help="correlate, over the patches of val/, RUN's error and how often OTHER's "
-                           "masking keeps; default: RUN's own")
+                           "masking keeps (after RUN; default: RUN's own)")
     parser.add_argument("--calibrate", action="store_true",
                         help="with --init random: BatchNorm statistics of the training pictures")
     parser.add_argument("--seed", type=int, help="of --init random; default: the run's")

@@ -69,7 +69,7 @@ class Face:
         self.lips = rng.choice((shade(skin, 0.7), (190, 70, 80), (150, 60, 70), shade(skin, 0.8)))
 
         # Pose: roll, yaw, pitch, distance, place, which differ as in the crops of a face detector.
-        # With aligned faces a linear classifier was right in 52 % on raw pixels, as on a backbone.
+        # With aligned faces a linear classifier of raw pixels was right in 52 %; see README, Start.
         self.roll, self.yaw, self.pitch = rng.gauss(0, 0.15), rng.gauss(0, 0.25), rng.gauss(0, 0.10)
         self.zoom = scale * uniform(0.36, 0.62)
         self.cx, self.cy = scale * uniform(0.38, 0.62), scale * uniform(0.36, 0.60)
