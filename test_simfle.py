@@ -2034,7 +2034,6 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
     monkeypatch.setattr(S, "HERE", trained)
     (trained / "data").mkdir()
     (trained / "data/toy").symlink_to(trained / "colours")
-    (trained / "colours/complete").touch()
     monkeypatch.setitem(S.PRESETS, "laptop", S.PRESETS["laptop"] | dict(
         steps=2, batch_size=12, view_size=32, ffl_size=28, patch=4))
     commands = []
@@ -2043,14 +2042,15 @@ def test_the_demo_compares_the_trained_with_the_untrained_backbone(trained, monk
         commands.append([command[1].name, *command[2:]])
         out = io.StringIO() if stdout else sys.stdout
         with contextlib.redirect_stdout(out):
-            code = {"figures.py": D, "probe.py": P}[command[1].name].main(command[2:])
+            code = command[1].name != "toy.py" and {"figures.py": D, "probe.py": P}[
+                command[1].name].main(command[2:])
         return subprocess.CompletedProcess(command, code, out.getvalue() if stdout else None)
 
     monkeypatch.setattr(S.subprocess, "run", start)
     assert in_process("--workers", "0", cwd=trained, monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
-    assert commands == [
-        ["probe.py", "toy", "--init", "pixels", "--workers", "0"], ["figures.py", "toy"]]
+    assert commands == [["toy.py"], [
+        "probe.py", "toy", "--init", "pixels", "--workers", "0"], ["figures.py", "toy"]]
     drawn = {p.stem for p in (trained / "runs/toy/figures").iterdir()}
     assert drawn >= {"masks", "reconstructions", "attention", "curves", "confusion-linear-toy"}
     untrained, got = (result(trained, f"linear-toy{x}", "toy") for x in ("-init-random", ""))
@@ -2085,10 +2085,7 @@ def test_the_demo_draws_missing_faces_once_on_each_machine(tmp_path, monkeypatch
         S.from_rank0(S.World(), lambda: S.run_program("toy.py"))
     assert stopped.value.code == 143
     S.stop_asked.clear()
-    (tmp_path / "data/toy").mkdir(parents=True)
-    (tmp_path / "data/toy/complete").touch()
-    S.demo(s, S.World())
-    assert started == ["toy.py", "evaluation", "evaluation", *2 * ["toy.py"], "evaluation"]
+    assert started == ["toy.py", "evaluation", "evaluation", "toy.py", "toy.py"]
 
 
 @pytest.mark.parametrize("args, words", [
@@ -2263,15 +2260,19 @@ def test_under_torchrun_a_problem_is_told_once(tmp_path):
 
 
 def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_path):
-    def draw(name, seed):
-        subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / name,
-                        "--train", "16", "--val", "8", "--size", "32", "--seed", str(seed)],
-                       check=True)
+    def draw(name, seed, said=""):
+        out = subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / name,
+                              "--train", "16", "--val", "8", "--size", "32", "--seed", str(seed)],
+                             check=True, capture_output=True, text=True).stdout
+        assert bool(out) == (said is not None) and ("drawn anew" in out) == (said == "anew")
         return {str(p.relative_to(tmp_path / name)): p.read_bytes()
                 for p in sorted((tmp_path / name).rglob("*.png"))}
 
     one, two, other = draw("one", 0), draw("two", 0), draw("other", 1)
     assert one == two and one.keys() == other.keys()
+    (tmp_path / "two/mine.png").touch()
+    assert draw("one", 0, said=None) == one and draw("two", 1, said="anew") == other | {
+        "mine.png": b""}
     assert all(one[k] != other[k] for k in one) and len(set(one.values())) == 24
     assert {k.split("/")[1] for k in one if k.startswith("train")} == {
         "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",

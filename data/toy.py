@@ -20,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
+VERSION = 2  # one more where the same seed gives other pictures
 CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
            "4_fear", "5_disgust", "6_anger", "7_contempt")
 
@@ -252,14 +253,26 @@ def draw_file(job: tuple[str, str, int, int, int, str]) -> None:
 
 
 def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
-    """Draws what is missing of out/{train,val}/<k_class>/<number>.png, the classes in turn."""
+    """Draws what is missing of out/{train,val}/<k_class>/<number>.png, the classes in turn.
+
+    Faces that were drawn otherwise, by other arguments or an older version of this file, go
+    first."""
+    finished = Path(out, "complete")
+    wanted = f"version {VERSION}, {train} + {val} faces of {size} pixels, seed {seed}\n"
+    if finished.exists():
+        if finished.read_text() == wanted:
+            return
+        print(f"the faces in {out} were drawn otherwise; they are drawn anew", flush=True)
+        for old in (path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????.png")):
+            old.unlink()
+        finished.unlink()
     jobs = [(str(out), split, i, size, seed, CLASSES[i % len(CLASSES)])
             for split, count in (("train", train), ("val", val)) for i in range(count)]
     with multiprocessing.get_context("spawn").Pool() as pool:
         for done, _ in enumerate(pool.imap_unordered(draw_file, jobs, chunksize=50), start=1):
             if done % 500 == 0 or done == len(jobs):
                 print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
-    Path(out, "complete").touch()
+    finished.write_text(wanted)
 
 
 if __name__ == "__main__":
