@@ -550,14 +550,16 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
     the easy patch down, the hard one up. It moves a along (+0.024, +0.016, −0.104, +0.064), since
     standardising couples the scores.
 
-    Does it work? It adds to what happens without it. Over the 49 positions, a patch's error and how
-    often it is kept should correlate. With seeds 0, 1, 2 the correlation was
+    Does it work? Over the 49 positions, a patch's error and how often it is kept should correlate.
+    With seeds 0, 1, 2 they did by
 
-        toy faces      +0.81, +0.78, +0.80    with κ = 0  +0.68, +0.56, +0.69
-        photographs    +0.30, +0.23, +0.30    with κ = 0  +0.10, +0.06, −0.07
+                       trained                with κ = 0             masks of an untrained net
+        toy faces      +0.81, +0.78, +0.80    +0.68, +0.56, +0.69    +0.54, +0.37, +0.42
+        photographs    +0.30, +0.23, +0.30    +0.10, +0.06, −0.07    +0.23, +0.39, +0.05
 
-    (--preset laptop, on photographs with --steps 2000; `data/probe.py RUN --refinement`. What the
-    term did to accuracy: README, Results.)
+    So on toy faces it adds to what comes without it. On photographs it only keeps what training
+    without it loses. (--preset laptop, on photographs with --steps 2000; the README's Results have
+    the commands, and what the term did to accuracy.)
 
     Args:
         a: scores (B, 49). Only they get a gradient.
