@@ -2470,7 +2470,7 @@ In the demo's own setting the masked autoencoder adds nothing measurable (README
 Pictures of what it has learnt: {Path("runs", s.name, "figures")}
 Next, on photographs: git clone https://github.com/muxspace/facial_expressions
   python {HERE / "data" / "prepare.py"} muxspace --src facial_expressions
-  python {HERE / "simfle.py"} --data muxspace --preset laptop --steps 3000""")
+  python {HERE / "simfle.py"} --data muxspace --preset laptop --steps 2000""")
 
 
 def run(argv: list[str] | None) -> None:
