@@ -53,12 +53,13 @@ def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
     return rates
 
 
-def peak_rate(device: torch.device) -> float:
+def peak_rate(world: simfle.World) -> float:
     """Multiply-adds a second of a large matrix product, in the precision of training."""
-    kind, n = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 1024)
-    a, seconds = torch.randn(n, n, device=device, dtype=kind), defaultdict(list)
+    kind = torch.bfloat16 if simfle.has_bf16(world) else torch.float32
+    n, seconds = 8192 if world.device.type == "cuda" else 1024, defaultdict(list)
+    a = torch.randn(n, n, device=world.device, dtype=kind)
     for _ in range(20):
-        with timed(seconds, device, "product"):
+        with timed(seconds, world.device, "product"):
             a @ a
     return n**3 / min(seconds["product"])
 
@@ -115,8 +116,8 @@ def report(s: simfle.Settings, world: simfle.World, t: simfle.Training, step: fl
     images, name, memory = t.batches.batch, f"{os.cpu_count()} CPU cores", []
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name()
-        memory = [("GPU memory", torch.cuda.max_memory_allocated() / 2**30, "GB at most")]
-    peak = peak_rate(world.device)
+        memory = [("GPU memory", torch.cuda.max_memory_allocated() / 2**30, "GiB at most")]
+    peak = peak_rate(world)
     print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
           f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
     rates = loader_rates(s, world, t.faces, t.batches, 5)
@@ -125,7 +126,8 @@ def report(s: simfle.Settings, world: simfle.World, t: simfle.Training, step: fl
             ("step", images / step, "images/s"), ("step", 1000 * step, "ms"),
             *((f"  {part}", 1000 * v, "ms") for part, v in parts.items()),
             *memory,
-            ("arithmetic", macs * world.size / images / 1e9, "G multiply-adds an image, both ways"),
+            ("arithmetic", macs * world.size / images / 1e9, "G multiply-adds an image, forward "
+             "and backward"),
             ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s that "
              f"a large matrix product reaches in one process")):
         print(f"{what:24}{number:14,.2f} {unit}")
