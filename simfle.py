@@ -1000,10 +1000,13 @@ NO_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows them, but 
 def find_data(name: str) -> Path:
     """The folder that --data means: a path, or a folder of that name in data/.
 
-    Raises UserError: there is none; it tells which there are."""
-    for folder in (Path(name), HERE / "data" / name):
-        if name and folder.is_dir():
-            return folder
+    Raises UserError: there is none, and it tells which there are; or there are two."""
+    found = [f for f in (Path(name), HERE / "data" / name) if name and f.is_dir()]
+    if len(found) == 2 and not found[0].samefile(found[1]):
+        raise UserError(f"--data {name} may be the folder {found[0].resolve()} or {found[1]}; give "
+                        f"the whole path.")
+    if found:
+        return found[0]
     there = {p.name for p in (HERE / "data").glob("[!._]*") if p.is_dir()} - {"figures"}
     raise UserError(f"there is no dataset {name}, as a path or in data/, which has "
                     f"{', '.join(sorted(there)) or 'none'}; `python data/prepare.py NAME --src "
@@ -1056,7 +1059,8 @@ def find_pictures(folder: Path) -> list[str]:
     if not found:
         raise UserError(f"{folder} holds no pictures; put some there or give another --data.")
     if others and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{folder}: {others:,} files that Pillow does not read are left out", flush=True)
+        with contextlib.suppress(OSError, ValueError):  # as in `say`
+            print(f"{folder}: {others:,} files that Pillow does not read are left out", flush=True)
     return sorted(found)
 
 
@@ -1115,10 +1119,14 @@ class Faces(Dataset):
             i %= len(self)
             try:
                 return read_picture(self.paths[i]), i
-            except Exception:  # Pillow raises many kinds for broken files
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow raises many kinds for broken files
                 if not self.named[i]:
-                    print(f"simfle: {self.paths[i]} cannot be read.", file=sys.stderr, flush=True)
                     self.named[i] = True
+                    with contextlib.suppress(OSError, ValueError):  # as in `say`
+                        print(f"simfle: {self.paths[i]} cannot be read ({type(error).__name__}).",
+                              file=sys.stderr, flush=True)
         raise UserError("the pictures named above cannot be read; mend or remove them.")
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
@@ -1351,7 +1359,7 @@ def processes():
     # After `torchrun --max-restarts` the store still holds the addresses of those that have died.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
-                            device_id=device if cuda else None)
+                            device_id=device if cuda else None, timeout=timedelta(minutes=30))
     yield world
     dist.destroy_process_group()  # not in a `finally`: after a failure this would wait for ever
 
@@ -1832,7 +1840,8 @@ def pretrain(s: Settings, world: World) -> None:
     Raises UserError: see `set_up`, `fit` and `load_start`."""
     data, folder = find_data(s.data), Path("runs", s.name)
     paths = find_pictures(data / "train" if (data / "train").is_dir() else data)
-    faces, colours = Faces(paths, s.view_size, 2, s.ffl_size, s.crop_min, s.seed), colours_of(data)
+    faces = Faces(paths, s.view_size, 2, s.ffl_size, s.crop_min, s.seed)
+    colours = from_rank0(world, lambda: colours_of(data))
     path, start = folder / "checkpoint.pt", {}
 
     def read_start() -> None:  # a run that is resumed has its own weights
@@ -2079,14 +2088,20 @@ def linear_result(s: Settings, world: World) -> Path:
     folder = Path("runs", s.name)
 
     def look() -> tuple[str, bool]:
-        """Of which data it is, and whether it is there."""
+        """Of which data it is, and whether it is there. Raises UserError: of other classes."""
         data = run_settings(s.name).get("data", s.data)
         path = folder / f"linear-{data_name(data)}.pt"
         if not path.exists() and not (find_data(data) / "val").is_dir():
             data = s.data
             path = folder / f"linear-{data_name(data)}.pt"
-        return data, path.exists() and (load_file(path).get("start")
-                                        == load_start(folder / "backbone.pt", s.arch)["start"])
+        if path.exists() and load_file(path).get("start") == load_start(
+                folder / "backbone.pt", s.arch)["start"]:
+            return data, True
+        known, asked = (labelled_pictures(find_data(d) / "train")[0] for d in (data, s.data))
+        if known != asked:  # before hours of training: `start_net` would refuse the result
+            raise UserError(f"{path} would know {', '.join(known)}, but {s.data} has "
+                            f"{', '.join(asked)}; give --init.")
+        return data, False
 
     data, there = from_rank0(world, look)
     if not there:
@@ -2120,7 +2135,7 @@ def evaluate(s: Settings, world: World) -> dict:
     net.fc = nn.Identity()
     start = from_rank0(world, lambda: start_net(net, head, s, init, classes))
     name = "-".join(filter(None, (s.eval, data_name(s.data), s.tag)))
-    path, colours = folder / f"checkpoint-{name}.pt", colours_of(data)
+    path, colours = folder / f"checkpoint-{name}.pt", from_rank0(world, lambda: colours_of(data))
     mass = 1 / torch.bincount(torch.tensor(labels)).double()  # Table 2: every class alike
     mass = mass if s.oversample else torch.ones_like(mass)
     if s.steps or s.epochs:
@@ -2490,6 +2505,8 @@ def explained(error: Exception) -> tuple[str, int]:
     """What to tell of an error that is no UserError, and the exit code: a sentence where a user can
     mend it, else its traceback."""
     text = f"{type(error).__name__} {error}"
+    if stop_asked.is_set() and re.search("worker.*(exited|killed)", text):  # by Ctrl-C, as we were
+        return "stopped; the same command goes on.", 143
     if re.search("MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED", text):
         return ("out of memory: give a smaller --batch-size, or more GPUs. In bf16 the paper's "
                 "setting needs an estimated 27 GiB for 256 images a process, and 11 GiB for 85.", 2)

@@ -1033,7 +1033,8 @@ def test_an_unreadable_picture_is_replaced_by_the_next_and_named_once(tmp_path, 
     for _ in range(2):
         assert all((faces[0, i, i]["image"] == 180).all() for i in range(4))
     assert capsys.readouterr().err.splitlines() == [
-        f"simfle: {tmp_path}/{i}.png cannot be read." for i in range(3)]
+        f"simfle: {tmp_path}/{i}.png cannot be read ({why})." for i, why in enumerate(
+            ("FileNotFoundError", "OSError", "UnidentifiedImageError"))]
     (tmp_path / "3.png").unlink()
     with pytest.raises(S.UserError, match="named above cannot be read"):
         faces[0, 3, 3]
@@ -1894,6 +1895,16 @@ def test_finetuning_makes_a_missing_or_outdated_linear_result_first(trained, mon
     assert made[0] == made[1] != made[2]
 
 
+def test_finetuning_on_other_classes_is_refused_before_the_linear_result_is_made(
+        trained, tmp_path, monkeypatch, capsys):
+    folder = copied(trained, "early")
+    colours(tmp_path / "few", {"0_a": 6, "1_b": 6}, seed=1)
+    args = ["--data", tmp_path / "few", "--name", "early", *PLAIN, "finetune", "--steps", "1"]
+    assert in_process(*args, cwd=trained, monkeypatch=monkeypatch) == 2
+    assert "would know 0_a, 1_b, 2_c, but" in (told := capsys.readouterr().err)
+    assert "has 0_a, 1_b; give --init." in told and not (folder / "linear-colours.pt").exists()
+
+
 def test_heads_move_between_datasets_class_by_class(trained, tmp_path, monkeypatch, capsys):
     """B.4: the classes by name, in whatever order; others are an error that lists both."""
     copied(trained, "moved")
@@ -2137,12 +2148,13 @@ def test_unreadable_pictures_are_named_by_loader_workers(tmp_path, monkeypatch, 
     args = ["--data", "bad", *TINY, "--steps", "3", "--workers", "2"]
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
     named = sorted(capfd.readouterr().err.strip().split("\n"))
-    assert named == [f"simfle: bad/0{i}.png cannot be read." for i in (3, 4, 8)]
+    bad_one = "simfle: bad/{:02}.png cannot be read (UnidentifiedImageError)."
+    assert named == [bad_one.format(i) for i in (3, 4, 8)]
     for path in bad.iterdir():
         path.write_text("no picture")
     assert in_process(*args, "--fresh", cwd=tmp_path, monkeypatch=monkeypatch) == 2
     *named, said = filter(None, capfd.readouterr().err.split("\n"))
-    assert set(named) == {f"simfle: bad/{i:02}.png cannot be read." for i in range(12)}
+    assert set(named) == {bad_one.format(i) for i in range(12)}
     assert said == "simfle: the pictures named above cannot be read; mend or remove them."
 
 
@@ -2273,6 +2285,12 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
     (tmp_path / "two/mine.png").touch()
     assert draw("one", 0, said=None) == one and draw("two", 1, said="anew") == other | {
         "mine.png": b""}
+    (tmp_path / "one/drawn.txt").unlink()  # by an older version, or with who knows what
+    assert draw("one", 0, said="anew") == one
+    (tmp_path / "one/val/7_contempt/00007.png").unlink()  # interrupted
+    whole = (tmp_path / "one/drawn.txt").read_text()
+    (tmp_path / "one/drawn.txt").write_text(whole.removesuffix("complete\n"))
+    assert draw("one", 0) == one and (tmp_path / "one/drawn.txt").read_text() == whole
     assert all(one[k] != other[k] for k in one) and len(set(one.values())) == 24
     assert {k.split("/")[1] for k in one if k.startswith("train")} == {
         "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
@@ -2502,6 +2520,7 @@ def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     assert S.lock(tmp_path / "new/checkpoint.pt").writable()
+    R.Journal(tmp_path, {}).file.close()
 
 
 def test_a_removed_log_and_a_restart_with_fresh_cost_nothing(toy, tmp_path, monkeypatch, capsys):
@@ -2617,7 +2636,8 @@ def test_a_picture_that_vanishes_during_training_is_stepped_over(tmp_path, monke
     assert in_process("--data", "faces", *TINY, "--steps", "3", "--workers", "0", cwd=tmp_path,
                       monkeypatch=monkeypatch) == 0
     assert sorted(capsys.readouterr().err.splitlines()) == [
-        f"simfle: faces/{name}.png cannot be read." for name in (7, "dangling")]
+        f"simfle: faces/{name}.png cannot be read (FileNotFoundError)."
+        for name in (7, "dangling")]
 
 
 # ---------------------------------------------------------------- What users run into
@@ -4262,6 +4282,27 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_fp32(monkeypatch):
                         lambda including_emulation=True: including_emulation)
     assert not S.has_bf16(S.World(device=torch.device("cuda")))
     assert not S.has_bf16(S.World())
+
+
+def test_ctrl_c_in_loader_workers_is_a_stop(monkeypatch):
+    killed = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    assert S.explained(killed)[1] == 2
+    monkeypatch.setattr(S.stop_asked, "is_set", lambda: True)
+    assert S.explained(killed)[1] == 143
+
+
+def test_a_name_that_means_two_folders_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(S, "HERE", tmp_path)
+    (tmp_path / "data/faces").mkdir(parents=True)
+    assert S.find_data("faces") == tmp_path / "data/faces"
+    (tmp_path / "faces").symlink_to("data/faces")
+    assert S.find_data("faces").samefile("data/faces")
+    (tmp_path / "faces").unlink()
+    (tmp_path / "faces").mkdir()
+    with pytest.raises(S.UserError, match="may be the folder .*/faces or .*/data/faces; give the"):
+        S.find_data("faces")
+    assert S.find_data("./data/faces") == Path("data/faces")
 
 
 def test_the_words_of_gloo_and_nccl_for_a_dead_peer_are_one_sentence(monkeypatch):

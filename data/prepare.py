@@ -631,8 +631,10 @@ class Journal:
         self.file = open(out / JOURNAL, "a+", encoding="utf-8", buffering=1)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
-        except OSError:
+        except (BlockingIOError, PermissionError):
             raise Problem(f"another process prepares {out}; let it end.") from None
+        except OSError:
+            pass  # a disk without locks
         self.file.seek(0)
         was, *self.lines = self.file.readlines() or [""]
         now = json.dumps(origin) + "\n"

@@ -257,22 +257,25 @@ def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
 
     Faces that were drawn otherwise, by other arguments or an older version of this file, go
     first."""
-    finished = Path(out, "complete")
-    wanted = f"version {VERSION}, {train} + {val} faces of {size} pixels, seed {seed}\n"
-    if finished.exists():
-        if finished.read_text() == wanted:
-            return
+    told, wanted = Path(out, "drawn.txt"), f"{train} + {val} faces, {size} pixels, seed {seed}, "
+    wanted += f"version {VERSION}\n"
+    was = told.read_text() if told.exists() else ""
+    if was == wanted + "complete\n":
+        return
+    old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????.png")]
+    if old and was != wanted:
         print(f"the faces in {out} were drawn otherwise; they are drawn anew", flush=True)
-        for old in (path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????.png")):
-            old.unlink()
-        finished.unlink()
+        for path in old:
+            path.unlink()
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(wanted)
     jobs = [(str(out), split, i, size, seed, CLASSES[i % len(CLASSES)])
             for split, count in (("train", train), ("val", val)) for i in range(count)]
     with multiprocessing.get_context("spawn").Pool() as pool:
         for done, _ in enumerate(pool.imap_unordered(draw_file, jobs, chunksize=50), start=1):
             if done % 500 == 0 or done == len(jobs):
                 print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
-    finished.write_text(wanted)
+    told.write_text(wanted + "complete\n")
 
 
 if __name__ == "__main__":
