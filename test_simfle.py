@@ -1653,9 +1653,9 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     own = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert crossed["keep_map"] == own["keep_map"] != measured["keep_map"]
     assert own["error_map"] != measured["error_map"]
-    (trained / "flat").mkdir()  # pictures without classes
-    (trained / "flat/val").symlink_to(trained / "colours/val/0_a")
-    assert probed("--refinement", "--data", str(trained / "flat"))["val_pictures"] == len(
+    (trained / "classless").mkdir()  # pictures without classes
+    (trained / "classless/val").symlink_to(trained / "colours/val/0_a")
+    assert probed("--refinement", "--data", str(trained / "classless"))["val_pictures"] == len(
         list((trained / "colours/val/0_a").iterdir()))
     in_process(*other, "--name", "fine", "--patch", "2", cwd=trained, monkeypatch=monkeypatch)
     assert "have other --ffl-size or --patch" in probed("--refinement", "fine", code=2)
