@@ -493,11 +493,11 @@ class SemanticMasking(nn.Module):
 def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Masks the patches with the lowest scores. (Sec. 3.2)
 
-    Paper: "the patches are masked in ascending order". Ours: of equal scores, chance decides. Many
-    are 0, since a group finds nothing in much of a face. In 26 % of the masks fewer than 12 patches
-    scored above 0. (Photographs, --preset laptop --steps 2000, seed 0.) Without chance, equal ones
-    nearest to the top left would be kept each time. At least one patch is kept and one is masked;
-    N_p ≥ 2.
+    Paper: "the patches are masked in ascending order". Departure 21: of equal scores chance
+    decides; authors: their sort. Many scores are 0, since a group finds nothing in much of a face.
+    In 26 % of the masks fewer than 12 patches scored above 0. (Photographs, --preset laptop --steps
+    2000, seed 0.) Without chance, equal ones nearest to the top left would be kept each time. At
+    least one patch is kept and one is masked; N_p ≥ 2.
 
     Args:
         a: scores (B, N_p).
@@ -2077,18 +2077,20 @@ def summary(guess: Tensor, labels: Tensor, classes: list[str]) -> dict:
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())
 
 
-def linear_result(s: Settings, world: World) -> Path:
+def linear_result(s: Settings, world: World, classes: list[str]) -> Path:
     """The run's linear classifier, for fine-tuning. (Sec. B.3)
 
     It is of the data that the run was pre-trained on or, if that has no labels, of the given data.
     It is made first where it is missing or of another backbone.
 
+    Args:
+        classes: of the given data.
     Returns: its path.
-    Raises UserError: see `evaluate`."""
+    Raises UserError: it would have to be made, and of other classes; see also `evaluate`."""
     folder = Path("runs", s.name)
 
     def look() -> tuple[str, bool]:
-        """Of which data it is, and whether it is there. Raises UserError: of other classes."""
+        """Of which data it is, and whether it is there."""
         data = run_settings(s.name).get("data", s.data)
         path = folder / f"linear-{data_name(data)}.pt"
         if not path.exists() and not (find_data(data) / "val").is_dir():
@@ -2097,10 +2099,10 @@ def linear_result(s: Settings, world: World) -> Path:
         if path.exists() and load_file(path).get("start") == load_start(
                 folder / "backbone.pt", s.arch)["start"]:
             return data, True
-        known, asked = (labelled_pictures(find_data(d) / "train")[0] for d in (data, s.data))
-        if known != asked:  # before hours of training: `start_net` would refuse the result
+        known = classes if data == s.data else labelled_pictures(find_data(data) / "train")[0]
+        if known != classes:  # told before hours of training: `start_net` would refuse the result
             raise UserError(f"{path} would know {', '.join(known)}, but {s.data} has "
-                            f"{', '.join(asked)}; give --init.")
+                            f"{', '.join(classes)}; give --init.")
         return data, False
 
     data, there = from_rank0(world, look)
@@ -2128,7 +2130,9 @@ def evaluate(s: Settings, world: World) -> dict:
     if s.eval == "semi":
         chosen = share_of_labels(labels, s.labels, s.seed)
         paths, labels = [paths[i] for i in chosen], [labels[i] for i in chosen]
-    init = s.init or (linear_result(s, world) if s.eval == "finetune" else folder / "backbone.pt")
+    init = s.init or folder / "backbone.pt"
+    if s.eval == "finetune" and not s.init:
+        init = linear_result(s, world, classes)
     torch.manual_seed(s.seed)
     net = RESNETS[s.arch]()
     head = Head(net.fc.in_features, len(classes))

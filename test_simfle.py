@@ -2621,6 +2621,23 @@ def test_odd_pictures_are_read_and_broken_ones_counted(kind, tmp_path):
             S.Faces(faces.paths, image_size=28, labels=[0, 1])[0, 0, 0]
 
 
+def test_a_full_memory_is_no_broken_picture_and_a_closed_terminal_no_reason_to_end(
+        tmp_path, monkeypatch):
+    Image.effect_noise((40, 40), 90).save(tmp_path / "1.png")
+    (tmp_path / "0.png").write_text("no picture")
+    faces = S.Faces(S.find_pictures(tmp_path), 32, 2, 28)
+    with open(os.devnull, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+    assert torch.equal(faces[0, 0, 0]["image"], faces[0, 1, 1]["image"])
+
+    def full(path):
+        raise MemoryError
+
+    monkeypatch.setattr(S, "read_picture", full)
+    with pytest.raises(MemoryError):
+        faces[0, 0, 0]
+
+
 def test_a_picture_that_vanishes_during_training_is_stepped_over(tmp_path, monkeypatch, capsys):
     (tmp_path / "faces").mkdir()
     for i in range(12):

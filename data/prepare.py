@@ -623,18 +623,16 @@ class Journal:
     Attributes:
         others: place -> whether it is good, of pictures that this download no longer has.
         totals: (split, class) -> how many there are, and the sums of their moments in 10^-12:
-            integers, as the order in which they come must not change the last digit.
-    """
+            integers, as the order in which they come must not change the last digit."""
 
     def __init__(self, out: Path, origin: dict):
         self.others, self.totals = {}, defaultdict(lambda: [0] * 7)
         self.file = open(out / JOURNAL, "a+", encoding="utf-8", buffering=1)
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else None
-        except (BlockingIOError, PermissionError):
-            raise Problem(f"another process prepares {out}; let it end.") from None
-        except OSError:
-            pass  # a disk without locks
+        except OSError as error:
+            if isinstance(error, (BlockingIOError, PermissionError)):  # else a disk without locks
+                raise Problem(f"another process prepares {out}; let it end.") from None
         self.file.seek(0)
         was, *self.lines = self.file.readlines() or [""]
         now = json.dumps(origin) + "\n"

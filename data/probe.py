@@ -144,23 +144,23 @@ def run(args: argparse.Namespace) -> dict:
         world = simfle.World(device=torch.device("cuda"))
     colours = simfle.colours_of(folder)
     if args.refinement is not None:
-        other, val = args.refinement or args.run, [simfle.find_pictures(folder / "val")]
+        other, val = args.refinement or args.run, simfle.find_pictures(folder / "val")
         measured = "refinement" + (f", masking of {other}" if args.refinement else "")
-        result = refinement(s, settings_of(other), world, val[0], colours)
+        result = refinement(s, settings_of(other), world, val, colours)
     else:
         classes, *train = simfle.labelled_pictures(folder / "train")
-        same, *val = simfle.labelled_pictures(folder / "val")
+        same, val, labels = simfle.labelled_pictures(folder / "val")
         if classes != same:
             raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
         measured = (args.init or "backbone") + (", calibrated" if args.calibrate else "")
         size = 16 if args.init == "pixels" else s.view_size
-        splits = [simfle.Faces(paths, image_size=size, labels=labels)
-                  for paths, labels in (train, val)]
+        splits = [simfle.Faces(paths, image_size=size, labels=which)
+                  for paths, which in (train, (val, labels))]
         net = load_net(args.init, s, world, splits[0], colours, args.calibrate)
         result = probe(*(simfle.outputs_of(s, world, net, faces, colours) for faces in splits),
                        classes)
     return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
-                val_pictures=len(val[0])) | result | dict(
+                val_pictures=len(val)) | result | dict(
                     seconds=round(time.perf_counter() - began, 1))
 
 
