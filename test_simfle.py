@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -1620,10 +1621,10 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     features, head = [], S.converged_head
     monkeypatch.setattr(S, "converged_head",
                         lambda x, *rest: (features.append(x), head(x, *rest))[1])
-    for more in (["pixels"], ["random"], ["random", "--seed", "1"], ["random", "--calibrate"]):
+    for more in (["pixels"], ["random"], ["random", "--seed", "1"]):
         probed("--init", *more)
-    assert [x.shape for x in features] == [(30, 768)] + 3 * [(30, 256)]
-    assert not torch.equal(features[1], features[2]) and not torch.equal(features[1], features[3])
+    assert [x.shape for x in features] == [(30, 768), (30, 256), (30, 256)]
+    assert not torch.equal(features[1], features[2])
     picture = S.read_picture(sorted((trained / "colours/train/0_a").iterdir())[0])
     x = TF.normalize(S.resize(picture, 16) / 255, S.MEAN, S.STD)
     torch.testing.assert_close(features[0][0].float().cpu(), x.flatten(), rtol=1e-5, atol=1e-5)
@@ -1664,11 +1665,17 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     assert "other.pt is missing" in probed("--init", "other.pt", code=2)
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, trained / "other.pt")
     assert "other.pt does not fit this net" in probed("--init", "other.pt", code=2)
-    for args in (["--calibrate"], ["--init", "random", "--seed", 10**20], ["--workers", "-2"]):
+    for args in (["--seed", 1], ["--init", "random", "--seed", 10**20], ["--workers", "-2"]):
         assert "probe: --" in probed(*map(str, args), code=2)
     assert "there is no dataset nowhere" in probed("--data", "nowhere", code=2)
     assert P.main(["nobody"]) == 2
     assert "there is no run nobody" in capsys.readouterr().err
+    stored = S.run_settings("alone") | {"queue": 1024}  # a setting that is no more
+    (trained / "runs/older").mkdir()
+    (trained / "runs/older/settings.json").write_text(json.dumps(stored))
+    assert P.main(["older"]) == 2
+    assert "runs/older was made by another version of simfle.py" in capsys.readouterr().err
+    shutil.rmtree(trained / "runs/older")
 
 
 def test_whole_protocols_train_everything_on_a_cosine(trained, monkeypatch):
@@ -2136,6 +2143,9 @@ def test_an_empty_folder_gets_a_sentence(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     said = complaint(["--data", "empty", *TINY], tmp_path, monkeypatch, capsys)
     assert "holds no pictures" in said
+    Image.new("L", (9, 9)).save(tmp_path / "empty/one.png")
+    said = complaint(["--data", "empty", *TINY], tmp_path, monkeypatch, capsys)
+    assert "1 pictures are too few for 1 processes" in said
 
 
 def test_unreadable_pictures_are_named_by_loader_workers(tmp_path, monkeypatch, capfd):
@@ -2512,6 +2522,37 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(toy, tmp_path, monkey
     assert {p.name for p in (tmp_path / "runs/r").iterdir()} == {
         "checkpoint.pt", "checkpoint.lock", "backbone.pt", "settings.json", "log.jsonl"}
     resumes_equal(1, toy, tmp_path, uninterrupted(), monkeypatch, capsys)
+    # The log is written more often than a checkpoint, so it may be the first to find no room.
+    monkeypatch.setattr(S, "cut_log", lambda path, step: path.symlink_to("/dev/full"))
+    told = complaint([*args, "--name", "full"], tmp_path, monkeypatch, capsys)
+    assert "runs/full/log.jsonl could not be written ([Errno 28] No space left" in told
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(tmp_path, monkeypatch):
+    torch.save({"model": {}}, tmp_path / "whole.pt")
+    for error in (OSError(errno.EIO, "Input/output error"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+        def load(*args, **more):
+            raise error
+
+        monkeypatch.setattr(torch, "load", load)
+        with pytest.raises(type(error)):
+            S.load_file(tmp_path / "whole.pt")
+
+
+def test_what_one_process_alone_knows_it_tells(monkeypatch, capsys):
+    def told(error):
+        def fails():
+            raise error
+
+        assert S.program("simfle", fails) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not told(S.UserError("all know it."))
+    text = "Caught UserError in DataLoader worker process 0.\nsimfle.UserError: mend them."
+    assert told(S.UserError(text)) == "\nsimfle: mend them.\n"
+    assert told(OSError(24, "Too many open files")) == "\nsimfle: [Errno 24] Too many open files\n"
 
 
 def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
@@ -2684,7 +2725,8 @@ def test_too_little_shared_memory_is_one_sentence_and_hangs_nowhere(trained, tmp
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 822083584 bytes"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 822083584")])
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 822083584"),
+    OSError(errno.ENOMEM, "Cannot allocate memory")])
 def test_out_of_memory_names_the_batch_size(error, toy, tmp_path, monkeypatch, capsys):
     def fails(self, *args):
         raise error
@@ -2737,12 +2779,17 @@ def test_pictures_are_upright_and_other_files_are_counted(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"no picture")
     assert S.find_pictures(tmp_path) == [str(tmp_path / "turned.jpg")]
     assert "3 files that Pillow does not read are left out" in capsys.readouterr().out
-    x = S.read_picture(tmp_path / "turned.jpg")
-    assert x.shape == (3, 60, 30) and x[:, :28].max() < 30 and x[:, 32:].min() > 220
+    # The same with a tag of a wrong type, such as cameras write: a resolution that is no number.
+    tags = struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 6, 0x011A, 7, 4, b"none", 0)
+    picture.save(tmp_path / "tags.jpg", exif=b"Exif\0\0" + tags)
+    for name in ("turned.jpg", "tags.jpg"):
+        x = S.read_picture(tmp_path / name)
+        assert x.shape == (3, 60, 30) and x[:, :28].max() < 30 and x[:, 32:].min() > 220
     # prepare.py keeps that, as a link to the whole picture and as a smaller copy.
-    for size, shape in ((0, (3, 60, 30)), (20, (3, 40, 20))):
-        target = tmp_path / f"made/{size}.jpg"
-        R.make(R.Picture("train", 0, target.name, tmp_path, "turned.jpg", None, None), tmp_path,
+    for size, shape, name in ((0, (3, 60, 30), "turned"), (20, (3, 40, 20), "turned"),
+                              (20, (3, 40, 20), "tags")):
+        target = tmp_path / f"made/{name}{size}.jpg"
+        R.make(R.Picture("train", 0, target.name, tmp_path, f"{name}.jpg", None, None), tmp_path,
                target, size)
         x = S.read_picture(target)
         assert x.shape == shape and x[:, 2 * shape[2] // 5].max() < 50
@@ -2772,32 +2819,37 @@ def test_a_folder_that_cannot_be_entered_is_told(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(PermissionError, match="closed"):
+    with pytest.raises(S.UserError, match="Permission denied.*closed'; make it readable"):
         S.find_pictures(tmp_path)
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(toy, tmp_path, monkeypatch, capsys):
-    args = ["--data", toy, *TINY, "--steps", "3", "--workers", "0"]
-    reduced, presses = S.reduced, [1]
+    args = ["--data", toy, *TINY, "--steps", "4", "--workers", "0"]
+    reduced, sent = S.reduced, []
 
     def pressed(*args):
-        for _ in range(presses[0]):
-            os.kill(os.getpid(), signal.SIGINT)
+        for kind in sent:
+            os.kill(os.getpid(), kind)
         return reduced(*args)
 
     monkeypatch.setattr(S, "reduced", pressed)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 143
-    assert "stopped after step 1 of 3; the same command" in capsys.readouterr().err
-    presses[0] = 2
+    kinds = (signal.SIGINT, signal.SIGHUP)  # the second is that of a terminal that closes
+    before = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
+    for step, kind in enumerate(kinds, 1):
+        sent[:] = [kind]
+        assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 143
+        assert f"stopped after step {step} of 4; the same command" in capsys.readouterr().err
+    sent[:] = 2 * [signal.SIGINT]
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 130
     out, err = capsys.readouterr()
-    assert "resumes after step 1" in out and "interrupted at once" in err
+    assert "resumes after step 2" in out and "interrupted at once" in err
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # it is back
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a process that a script has sent behind
-    presses[0] = 3
+    for kind in kinds:  # as for a process that nohup has started, or a script has sent behind
+        signal.signal(kind, signal.SIG_IGN)
+    sent[:] = 3 * kinds
     assert in_process(*args, cwd=tmp_path, monkeypatch=monkeypatch) == 0
-    signal.signal(signal.SIGINT, before)
+    for kind, handler in zip(kinds, before):
+        signal.signal(kind, handler)
 
 
 def test_a_run_on_pictures_without_labels_is_fine_tuned_on_others(trained, toy, tmp_path,
@@ -3538,7 +3590,7 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert D.main(["colours", "--data", "mine"]) == 0
     assert (folder / "masks.png").read_bytes() == before and (folder / "masks-mine.png").exists()
     assert [Path(path).name for path, _ in sheets["Where"]] == ["0.png", "1.png", "2.png"]
-    for args, words in ((["nobody"], "no run nobody with a checkpoint; runs/ has"),
+    for args, words in ((["nobody"], "there is no run nobody with a checkpoint in"),
                         (["colours", "--compare", "nobody"], "no run nobody"),
                         (["colours", "--init", "rundom"], "rundom is no classifier; --init is"),
                         (["colours", "--data", "no"], "no dataset no")):
@@ -3563,7 +3615,7 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(B.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(B.time, "perf_counter", tick)
-    monkeypatch.setattr(B, "loader_rates", lambda *args: {1: 100.0, 2: 150.0})
+    monkeypatch.setattr(B, "loader_rates", lambda *args: [(1, 100.0), (2, 150.0)])
     args = ["--data", str(toy), *TINY]
     assert B.main(args) == 0
     out = capsys.readouterr().out
@@ -3589,12 +3641,13 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
 def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, monkeypatch):
     clock = iter(range(100))  # every look at the clock is a second later
     monkeypatch.setattr(B.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(S, "cores", lambda: 2)
     batches = S.Batches(66, 12, 0, S.World())
     batches.last = 10**9
     faces = S.Faces(S.find_pictures(toy / "train"), 32, 2, 28, 0.08, 0)
     rates = B.loader_rates(settings(["--data", toy, *TINY]), S.World(), faces, batches, 1.5)
-    assert rates == {1: 12, 2: 24}  # two rounds of a batch for each worker, in two seconds
+    assert dict(rates) == {1: 12, 2: 24}  # two rounds of a batch for each worker, in two seconds
+    assert batches.first == 2 + 4 + 4 + 8  # of what they took and may have fetched, none comes again
 
 
 # ===== data/prepare.py =====

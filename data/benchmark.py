@@ -7,7 +7,6 @@ Takes the options of simfle.py. Trains nothing and keeps nothing.
 """
 
 import contextlib
-import os
 import sys
 import tempfile
 import time
@@ -37,10 +36,10 @@ def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
 
 
 def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
-                 batches: simfle.Batches, seconds: float) -> dict[int, float]:
-    """Images a second that loader workers hand over, by their number: 1, 2, 4 to all cores."""
-    rates, cores = {}, os.cpu_count()
-    for workers in sorted({min(2**i, cores) for i in range(12)}):
+                 batches: simfle.Batches, seconds: float):
+    """Yields how many loader workers there are, 1, 2, 4 to all cores, and the images a second that
+    they hand over."""
+    for workers in sorted({min(2**i, simfle.cores()) for i in range(12)}):
         loading = iter(simfle.make_loader(replace(s, workers=workers), world, faces, batches))
         images, spent = 0, 0.0
         list(islice(loading, 2 * workers))  # what may stand ready before the clock starts
@@ -48,9 +47,9 @@ def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
         while spent < seconds:  # whole rounds: the batches of one come almost at once
             images += sum(len(batch["image"]) for batch in islice(loading, workers))
             spent = time.perf_counter() - start
-        rates[workers] = images / spent
         del loading
-    return rates
+        batches.first += images * world.size // batches.batch + 4 * workers  # to unread pictures
+        yield workers, images / spent
 
 
 def peak_rate(world: simfle.World) -> float:
@@ -113,16 +112,14 @@ def benchmark(s: simfle.Settings, world: simfle.World) -> None:
 def report(s: simfle.Settings, world: simfle.World, t: simfle.Training, step: float,
            parts: dict[str, float], macs: float) -> None:
     """Prints the table: a step's seconds, those of its parts, and a rank's multiply-adds."""
-    images, name, memory = t.batches.batch, f"{os.cpu_count()} CPU cores", []
+    images, name, memory = t.batches.batch, f"{simfle.cores()} CPU cores", []
     if world.device.type == "cuda":
         name = torch.cuda.get_device_name()
         memory = [("GPU memory", torch.cuda.max_memory_allocated() / 2**30, "GiB at most")]
     peak = peak_rate(world)
     print(f"\n{world.size} × {name}, {torch.get_num_threads()} threads a process, torch "
           f"{torch.__version__}; preset {s.preset}, {images} images a step\n")
-    rates = loader_rates(s, world, t.faces, t.batches, 5)
     for what, number, unit in (
-            *((f"loader, {n} workers", v, "images/s") for n, v in rates.items()),
             ("step", images / step, "images/s"), ("step", 1000 * step, "ms"),
             *((f"  {part}", 1000 * v, "ms") for part, v in parts.items()),
             *memory,
@@ -131,6 +128,8 @@ def report(s: simfle.Settings, world: simfle.World, t: simfle.Training, step: fl
             ("share of the peak", 100 * macs / step / peak, f"% of the {peak / 1e12:.2f} T/s that "
              f"a large matrix product reaches in one process")):
         print(f"{what:24}{number:14,.2f} {unit}")
+    for n, rate in loader_rates(s, world, t.faces, t.batches, 5):
+        print(f"{f'loader, {n} workers':24}{rate:14,.2f} images/s", flush=True)
 
 
 def run(argv: list[str] | None) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as TF
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import baselines
 import simfle
+from probe import settings_of  # which knows the baselines too
 
 # ===== 4.4 Drawing =====
 
@@ -362,11 +362,7 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
 
 def draw(args: argparse.Namespace) -> None:
     """Draws what there is of a run into runs/RUN/figures. Raises UserError."""
-    for name in (args.run, *args.compare):
-        if not simfle.run_settings(name):
-            there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
-            raise simfle.UserError(f"no run {name} with a checkpoint; runs/ has {there or 'none'}.")
-    s = simfle.checked(simfle.Settings(**simfle.run_settings(args.run)))
+    s, *_ = [settings_of(name) for name in (args.run, *args.compare)]
     folder, target = simfle.find_data(args.data or s.data), Path("runs", args.run, "figures")
     suffix = "-untrained" if args.init == "random" else f"-{Path(args.init).stem}" * bool(args.init)
     suffix += f"-{simfle.data_name(args.data)}" if args.data else ""  # beside the run's own

@@ -569,9 +569,11 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
         with (Image.open(source) if source
               else Image.frombytes("L", (48, 48), picture.grey)) as whole:
             whole.load()
-            upright = whole if picture.box else ImageOps.exif_transpose(whole)  # boxes: as stored
-            cut = cropped(upright, picture.box, size)
-            if cut is upright and source:
+            if not picture.box:  # a box is of the picture as it is stored
+                with contextlib.suppress(Exception):  # of broken tags, once the pixels are turned
+                    ImageOps.exif_transpose(whole, in_place=True)
+            cut = cropped(whole, picture.box, size)
+            if cut is whole and source:
                 result = moments(whole)
             else:
                 content, kind = io.BytesIO(), Image.registered_extensions()[target.suffix.lower()]

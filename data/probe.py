@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -28,12 +29,11 @@ import baselines  # noqa: F401  (their runs can be measured too)
 import simfle
 
 
-def load_net(init: str, s: simfle.Settings, world: simfle.World, pictures: simfle.Faces, colours,
-             calibrate: bool) -> nn.Module:
+def load_net(init: str, s: simfle.Settings, world: simfle.World) -> nn.Module:
     """The ResNet whose pooled features are probed, without `fc` and in eval mode. Raises UserError.
 
     An untrained net has the BatchNorm statistics that it starts with: mean 0 and variance 1, as in
-    `simfle.py --eval --init random`. With `calibrate` it has those of `pictures`."""
+    `simfle.py --eval --init random`. (With those of the pictures it is a weaker baseline.)"""
     if init == "pixels":
         return nn.Flatten()
     torch.manual_seed(s.seed)
@@ -42,11 +42,6 @@ def load_net(init: str, s: simfle.Settings, world: simfle.World, pictures: simfl
     if init != "random":
         path = init or Path("runs", s.name, "backbone.pt")
         simfle.load_weights(path, net, simfle.load_start(path, s.arch)["model"])
-    elif calibrate:
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = None  # the mean over all batches, not a moving average
-        simfle.outputs_of(s, world, net.train(), pictures, colours)
     return net.eval()
 
 
@@ -111,6 +106,10 @@ def model_of(s: simfle.Settings, world: simfle.World) -> simfle.SimFLE:
 def settings_of(run: str, **changes) -> simfle.Settings:
     """The settings of a run, with changes. Raises UserError: there is no such run."""
     stored = simfle.run_settings(run)
+    names = {f.name for f in fields(simfle.Settings)}
+    if stored and stored.keys() - names:
+        raise simfle.UserError(f"runs/{run} was made by another version of simfle.py; pre-train "
+                               f"anew, under another --name.")
     if not stored:
         there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
         raise simfle.UserError(f"there is no run {run} with a checkpoint in {Path.cwd()}/runs, "
@@ -133,9 +132,8 @@ def refinement(s: simfle.Settings, other: simfle.Settings, world: simfle.World, 
 
 def run(args: argparse.Namespace) -> dict:
     """What the command line asks for. Raises UserError."""
-    if (args.calibrate or args.seed is not None) and args.init != "random":
-        raise simfle.UserError("--calibrate and --seed are for --init random: give them there "
-                               "only.")
+    if args.seed is not None and args.init != "random":
+        raise simfle.UserError("--seed is for --init random: give it there only.")
     began = time.perf_counter()
     s = settings_of(args.run, workers=args.workers,
                     **{} if args.seed is None else {"seed": args.seed})
@@ -152,11 +150,11 @@ def run(args: argparse.Namespace) -> dict:
         same, val, labels = simfle.labelled_pictures(folder / "val")
         if classes != same:
             raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
-        measured = (args.init or "backbone") + (", calibrated" if args.calibrate else "")
+        measured = args.init or "backbone"
         size = 16 if args.init == "pixels" else s.view_size
         splits = [simfle.Faces(paths, image_size=size, labels=which)
                   for paths, which in (train, (val, labels))]
-        net = load_net(args.init, s, world, splits[0], colours, args.calibrate)
+        net = load_net(args.init, s, world)
         result = probe(*(simfle.outputs_of(s, world, net, faces, colours) for faces in splits),
                        classes)
     return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
@@ -174,8 +172,6 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--refinement", nargs="?", const="", metavar="OTHER",
                       help="correlate, over the patches of val/, RUN's error and how often OTHER's "
                            "masking keeps (after RUN; default: RUN's own)")
-    parser.add_argument("--calibrate", action="store_true",
-                        help="with --init random: BatchNorm statistics of the training pictures")
     parser.add_argument("--seed", type=int, help="of --init random; default: the run's")
     parser.add_argument("--workers", type=int, default=-1,
                         help="loader workers [share of the cores]")
