@@ -18,7 +18,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -106,8 +105,7 @@ def model_of(s: simfle.Settings, world: simfle.World) -> simfle.SimFLE:
 def settings_of(run: str, **changes) -> simfle.Settings:
     """The settings of a run, with changes. Raises UserError: there is no such run."""
     stored = simfle.run_settings(run)
-    names = {f.name for f in fields(simfle.Settings)}
-    if stored and stored.keys() - names:
+    if stored.keys() - vars(simfle.Settings()).keys():
         raise simfle.UserError(f"runs/{run} was made by another version of simfle.py; pre-train "
                                f"anew, under another --name.")
     if not stored:
@@ -137,9 +135,8 @@ def run(args: argparse.Namespace) -> dict:
     began = time.perf_counter()
     s = settings_of(args.run, workers=args.workers,
                     **{} if args.seed is None else {"seed": args.seed})
-    folder, world = simfle.find_data(args.data or s.data), simfle.World()
-    if torch.cuda.is_available():
-        world = simfle.World(device=torch.device("cuda"))
+    world = simfle.World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = simfle.find_data(args.data or s.data)
     colours = simfle.colours_of(folder)
     if args.refinement is not None:
         other, val = args.refinement or args.run, simfle.find_pictures(folder / "val")
