@@ -1027,9 +1027,12 @@ def colours_of(folder: Path) -> tuple[list[float], list[float]]:
     Args:
         folder: of the dataset.
     Returns: mean and standard deviation of the three channels, of pixels in [0, 1].
-    Raises UserError: stats.json does not hold them."""
+    Raises UserError: stats.json does not hold them, or data/prepare.py has not ended."""
     path = folder / "stats.json"
     if not path.exists():
+        if (folder / ".prepared.jsonl").exists():
+            raise UserError(f"{folder} is not complete; the data/prepare.py command that began it "
+                            f"resumes.")
         return MEAN, STD
     with contextlib.suppress(ValueError, LookupError, TypeError):
         stats = json.loads(path.read_bytes())

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -51,6 +52,7 @@ import benchmark as B
 import figures as D
 import prepare as R
 import probe as P
+import toy as Y
 
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
         "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1",
@@ -2297,14 +2299,30 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
         "mine.png": b""}
     (tmp_path / "one/drawn.txt").unlink()  # by an older version, or with who knows what
     assert draw("one", 0, said="anew") == one
-    (tmp_path / "one/val/7_contempt/00007.png").unlink()  # interrupted
-    whole = (tmp_path / "one/drawn.txt").read_text()
-    (tmp_path / "one/drawn.txt").write_text(whole.removesuffix("complete\n"))
-    assert draw("one", 0) == one and (tmp_path / "one/drawn.txt").read_text() == whole
+    (tmp_path / "one/val/7_contempt/00007.png").unlink()  # interrupted, or removed
+    shutil.rmtree(tmp_path / "one/train")
+    assert draw("one", 0) == one and draw("one", 0, said=None) == one
     assert all(one[k] != other[k] for k in one) and len(set(one.values())) == 24
     assert {k.split("/")[1] for k in one if k.startswith("train")} == {
         "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
         "7_contempt"}
+
+
+def test_a_drawing_process_that_is_killed_does_not_keep_the_others_waiting(tmp_path, monkeypatch):
+    class Pool(contextlib.nullcontext):  # as multiprocessing's, of which a process was killed
+        def __enter__(self):
+            return self
+
+        def imap_unordered(self, *args, **more):
+            return self
+
+        def next(self, timeout):
+            raise multiprocessing.TimeoutError
+
+    monkeypatch.setattr(Y.multiprocessing, "get_context",
+                        lambda kind: types.SimpleNamespace(Pool=Pool))
+    with pytest.raises(SystemExit, match="has ended or hangs.*the same command goes on"):
+        Y.draw_dataset(tmp_path / "faces", train=1, val=1)
 
 
 # ---------------------------------------------------------------- Faults
@@ -2780,7 +2798,8 @@ def test_pictures_are_upright_and_other_files_are_counted(tmp_path, capsys):
     assert S.find_pictures(tmp_path) == [str(tmp_path / "turned.jpg")]
     assert "3 files that Pillow does not read are left out" in capsys.readouterr().out
     # The same with a tag of a wrong type, such as cameras write: a resolution that is no number.
-    tags = struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 6, 0x011A, 7, 4, b"none", 0)
+    tags = struct.pack("<2sHIHHHIIHHI4sI", b"II", 42, 8, 2, 0x0112, 3, 1, 6, 0x011A, 7, 4, b"none",
+                       0)
     picture.save(tmp_path / "tags.jpg", exif=b"Exif\0\0" + tags)
     for name in ("turned.jpg", "tags.jpg"):
         x = S.read_picture(tmp_path / name)
@@ -2793,6 +2812,25 @@ def test_pictures_are_upright_and_other_files_are_counted(tmp_path, capsys):
                target, size)
         x = S.read_picture(target)
         assert x.shape == shape and x[:, 2 * shape[2] // 5].max() < 50
+    # Lists give boxes of the picture as it is stored, which are not turned, whatever their size.
+    for box in ((0, 0, 60, 30), (0, 0, 59, 30)):
+        target = tmp_path / f"made/{box[2]}.jpg"
+        R.make(R.Picture("train", 0, target.name, tmp_path, "turned.jpg", box, None), tmp_path,
+               target, 0)
+        assert S.read_picture(target).shape == (3, 30, box[2])
+
+
+def test_a_disk_that_fails_is_no_broken_picture(tmp_path, monkeypatch):
+    put(tmp_path / "a.jpg")
+    one = R.Picture("train", 0, "a.jpg", tmp_path, "a.jpg", None, None)
+    for error, kind in ((OSError(errno.EIO, "Input/output error"), OSError),
+                        (MemoryError(), R.Problem), (SyntaxError("broken PNG"), R.Skip)):
+        def load(*args):
+            raise error
+
+        monkeypatch.setattr(R.Image, "open", load)
+        with pytest.raises(kind):
+            R.make(one, tmp_path, tmp_path / "out/a.jpg", 0)
 
 
 @pytest.mark.parametrize("mode, white", [("I;16", 4095), ("I;16", 65_535), ("I;16", 255),
@@ -3544,8 +3582,12 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(tmp_path, monkeypatch):
                                  ("c", dict(alpha=0.3, seed=1), 46.0),
                                  ("d", dict(alpha=0.5, beta=0.3), 90.0),
                                  ("e", dict(alpha=0.6, lr=0.1), 90.0)):
-        text(tmp_path / f"runs/{name}/settings.json", json.dumps(base | dict(name=name) | more))
-        text(tmp_path / f"runs/{name}/eval-linear-faces.json", json.dumps(dict(accuracy=accuracy)))
+        made = base | dict(name=name) | more
+        text(tmp_path / f"runs/{name}/eval-linear-faces.json",
+             json.dumps(dict(accuracy=accuracy, pretraining=made)))
+        if name == "a":  # trained anew since, and not evaluated again
+            made["alpha"] = 0.7
+        text(tmp_path / f"runs/{name}/settings.json", json.dumps(made))
     seen = {}
     monkeypatch.setattr(D, "plot", lambda title, curves: seen.update({title: curves[""]}))
     D.figure_sweep("alpha", base | dict(alpha=0.2), "faces")
@@ -3576,9 +3618,15 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     net.fc.bias.data = torch.tensor([1.0, 0.0, 0.0])
     saved_classifier(trained / "constant.pt", net, ["0_a", "1_b", "2_c"], 32)
     assert D.main(["colours", "--init", "constant.pt"]) == 0
-    assert (folder / "mistakes-constant.png").exists()  # beside the run's own
+    assert {p.name for p in folder.glob("*-constant.png")} == {
+        "attention-constant.png", "mistakes-constant.png"}  # beside the run's own
     assert len(sheets["Taken"]) == 8 and {k for _, k in sheets["Taken"]} == {"b", "c"}
     assert sheets["looks"] == ["colours\nconstant"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:  # as if the run had gone on since it was evaluated
+        patch.setattr(S, "load_start", lambda *args: {"start": "other"})
+        assert D.main(["colours"]) == 0
+    assert "linear-colours.pt is of an earlier runs/colours/backbone.pt" in capsys.readouterr().out
     assert D.main(["colours", "--init", "random"]) == 0
     untrained, own = (Image.open(folder / f"masks{x}.png") for x in ("-untrained", ""))
     box = (0, 0, own.width, own.height - D.LINE)  # without the line that tells which is which
@@ -3647,7 +3695,7 @@ def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, monke
     faces = S.Faces(S.find_pictures(toy / "train"), 32, 2, 28, 0.08, 0)
     rates = B.loader_rates(settings(["--data", toy, *TINY]), S.World(), faces, batches, 1.5)
     assert dict(rates) == {1: 12, 2: 24}  # two rounds of a batch for each worker, in two seconds
-    assert batches.first == 2 + 4 + 4 + 8  # of what they took and may have fetched, none comes again
+    assert batches.first == 2 + 4 + 4 + 8  # what they took, and may have fetched, is passed by
 
 
 # ===== data/prepare.py =====
@@ -3763,6 +3811,11 @@ def test_affectnets_lists_have_a_header_or_none_or_one_with_blanks(header, tmp_p
 def test_affectnet7_is_seven_classes_of_the_same_files(tmp_path):
     affectnet_lists(tmp_path / "src")
     out, seven = tmp_path / "affectnet", tmp_path / "affectnet7"
+    mine = put(seven / "train/0_neutral/mine.jpg")  # what somebody has put there by hand
+    done = prepared("affectnet", "--src", tmp_path / "src", "--out", out)
+    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert mine.exists() and not out.exists()
+    shutil.rmtree(seven)
     assert prepared("affectnet", "--src", tmp_path / "src", "--out", out).returncode == 0
     classes = S.labelled_pictures(out / "train")[0]
     assert S.labelled_pictures(seven / "train")[0] == classes[:-1]
@@ -3991,6 +4044,16 @@ def test_a_preparation_goes_on_and_redoes_nothing(tmp_path):
     assert (out / "stats.json").read_text() == stats and not list(out.rglob("*.part"))
     done = prepared(*order[:-1], 20)  # what is there was made with another size
     assert done.returncode == 2 and "\"size\": 16" in done.stderr
+    # A picture that has another class in a new list leaves the old one.
+    named = next(p for p in src.rglob("*.txt") if "train_00001" in p.read_text())
+    listed = named.read_text()
+    moved = re.sub(r"(?m)^(train_00001\S* )\d", r"\g<1>6", listed)
+    assert moved != listed
+    for wanted in (moved, listed):
+        named.write_text(wanted)
+        assert "files lie in" not in prepared(*order).stdout
+        assert len(list(out.glob("train/*/train_00001*"))) == 1
+    assert (out / "stats.json").read_text() == stats
     put(out / "train/0_neutral/stranger.jpg")
     assert "1 files lie in" in prepared(*order).stdout
     # A damaged picture is made again, one of another source too; what was made of files that are
@@ -4134,8 +4197,7 @@ def test_muxspace_is_split_by_person_with_all_classes_in_both(tmp_path):
               for split in ("train", "val")]
     assert not people[0] & people[1] and any(name.startswith("A_") for name in people[1])
     for words in ("5 skipped: fear, contempt or no emotion", "1 skipped: file without a row",
-                  "1 skipped: second row of a picture", "1 skipped: file missing",
-                  "mean over the classes"):
+                  "1 skipped: second row of a picture", "1 skipped: file missing"):
         assert words in done.stdout, words
     # The split does not depend on which files are there.
     gone = sorted(images.glob("A_*"))[::3]
@@ -4185,6 +4247,9 @@ def test_where_links_do_not_work_pictures_are_copied_whole(tmp_path):
 
 
 def test_own_colours_reach_every_picture(tmp_path, monkeypatch):
+    text(tmp_path / "half/.prepared.jsonl", "{}\n")  # prepare.py writes stats.json last
+    with pytest.raises(S.UserError, match="half is not complete; the data/prepare.py command"):
+        S.colours_of(tmp_path / "half")
     own, seen = ([0.1, 0.2, 0.3], [0.2, 0.3, 0.4]), []
     colours(tmp_path / "d", {"0_a": 12, "1_b": 12})
     text(tmp_path / "d/stats.json", json.dumps(dict(mean=own[0], std=own[1], own_colours=True)))

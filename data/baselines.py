@@ -69,6 +69,8 @@ class SimSiam(nn.Module):
     """GFL by SimSiam (Chen and He, 2021). (Table 4)
 
     A prediction aims at the online stream's own projection of the other view, as a constant.
+    Departure 22: the predictor's learning rate falls with the others. (SimSiam: constant.) On
+    several ranks BatchNorm is local (departure 11). (SimSiam: synchronised.)
 
     Args:
         backbone: the `Backbone` that is trained.
@@ -153,7 +155,8 @@ class SimCLR(nn.Module):
     """GFL by SimCLR (Chen et al., 2020). (Table 4)
 
     Each rank has the loss of the whole batch. By `gather` it has W times the gradient of its own
-    images, which DDP's mean divides by W again.
+    images, which DDP's mean divides by W again. BatchNorm is local (departure 11). (SimCLR:
+    synchronised.)
 
     Args:
         backbone: the `Backbone` that is trained.
@@ -193,8 +196,9 @@ def nt_xent(z1: Tensor, z2: Tensor, t: float) -> Tensor:
 def moco(s: simfle.Settings, backbone: Backbone, head, t: float) -> MoCo:
     """MoCo, or with `two_layers` MoCo v2, of the settings' size.
 
-    Queue and EMA decay are MoCo's own with the preset `paper`, unless --tau is given. Over the
-    laptop's 1,000 steps a target with a decay of 0.999 would hardly move."""
+    With the preset `paper`, queue and EMA decay are MoCo's own. A --tau other than 0.99, BYOL's,
+    replaces the decay. (Without it, settings.json has that 0.99.) Over the laptop's 1,000 steps a
+    target with a decay of 0.999 would hardly move."""
     own = s.preset == "paper"
     tau = 0.999 if own and s.tau == simfle.Settings.tau else s.tau
     return MoCo(backbone, head, s.outputs // 2, 65_536 if own else 1_024, t, tau)

@@ -281,9 +281,10 @@ def figure_sweep(key: str, own: dict, data: str) -> Image.Image | None:
     same = {f.name for f in fields(simfle.Settings) if not f.metadata["free"]} - {key, "seed"}
     same |= {"data", "lr", "weight_decay", "batch_size", "epochs", "steps", "init"}
     for path in sorted(Path("runs").glob(f"*/eval-linear-{data}.json")):
-        settings = simfle.run_settings(path.parent.name)
+        result = json.loads(path.read_bytes())
+        settings = result["pretraining"]  # of the net that was evaluated
         if settings and all(settings.get(k) == own.get(k) for k in same):
-            points.setdefault(settings[key], []).append(json.loads(path.read_bytes())["accuracy"])
+            points.setdefault(settings[key], []).append(result["accuracy"])
     curve = [(x, sum(ys) / len(ys)) for x, ys in sorted(points.items())]
     return plot(f"linear accuracy, %, by {key} (Fig. 5)", {"": curve}) if len(curve) > 1 else None
 
@@ -329,7 +330,7 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
     """Names and pictures of all that there is to draw; None for what there is too little of."""
     run, untrained = Path("runs", args.run), args.init == "random"
     model, pictures, looks = simfle.build_model(s).eval(), some_pictures(folder, s.seed, 512), {}
-    if not untrained and not args.data:  # what does not depend on the pictures
+    if not args.init and not args.data:  # what depends on neither
         logs = {name: read_log(name) for name in (args.run, *args.compare)}
         yield "curves", figure_curves(logs[args.run], s.alpha, s.beta)
         yield "refinement", figure_refinement(logs)
@@ -342,7 +343,7 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
     if not untrained:
         path = run / "checkpoint.pt"
         simfle.load_weights(path, model, simfle.load_file(path)["model"])
-    if model.ffl is not None:
+    if model.ffl is not None and args.init in ("", "random"):
         x = read_faces([p for p, _ in pictures[:8]], s.ffl_size)
         yield from figures_masks(model, x, simfle.colours_of(folder))
     for name in () if untrained else (args.run, *args.compare):
@@ -350,6 +351,10 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
         path = Path(args.init) if args.init and name == args.run else own
         if path:
             looks[f"{name}\n{path.stem}"] = classifier(path)
+            net = Path("runs", name, "backbone.pt")
+            if path.stem == f"linear-{simfle.data_name(str(folder))}" and simfle.load_start(
+                    net, s.arch)["start"] != simfle.load_file(path)["start"]:
+                print(f"{path} is of an earlier {net}; evaluate again.")
         else:
             print(f"runs/{name} has no classifier to draw the attention of; make one with --eval.")
     if looks:

@@ -19,6 +19,8 @@ Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfl
 import argparse
 import contextlib
 import csv
+import errno
+import functools
 import io
 import json
 import os
@@ -569,11 +571,14 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
         with (Image.open(source) if source
               else Image.frombytes("L", (48, 48), picture.grey)) as whole:
             whole.load()
-            if not picture.box:  # a box is of the picture as it is stored
-                with contextlib.suppress(Exception):  # of broken tags, once the pixels are turned
+            upright = True
+            with contextlib.suppress(Exception):  # of broken tags, once the pixels are turned
+                if picture.box:  # of the picture as it is stored, unlike what reads a link to it
+                    upright = whole.getexif().get(0x0112, 1) == 1
+                else:
                     ImageOps.exif_transpose(whole, in_place=True)
             cut = cropped(whole, picture.box, size)
-            if cut is whole and source:
+            if cut is whole and source and upright:
                 result = moments(whole)
             else:
                 content, kind = io.BytesIO(), Image.registered_extensions()[target.suffix.lower()]
@@ -584,6 +589,10 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
     except Skip:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
+        if isinstance(error, MemoryError):
+            raise Problem("out of memory: give fewer --workers; it resumes here.") from None
+        if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE):
+            raise  # the disk fails, not the picture
         raise Skip("cannot be read" if getattr(error, "errno", None) else "cannot be decoded")
     write(target, source, content)
     return [origin, target.stat().st_size, *result]
@@ -610,10 +619,7 @@ def write(target: Path, source: Path | None, content: io.BytesIO | None) -> None
         with contextlib.suppress(OSError):  # another disk, or one without links
             return os.link(os.path.realpath(source), target)
     part = target.with_name(f".{target.name}.part")  # if it stays, the next run removes it
-    if content is None:
-        shutil.copyfile(source, part)
-    else:
-        part.write_bytes(content.getbuffer())
+    part.write_bytes(content.getbuffer() if content else source.read_bytes())
     part.replace(target)
 
 
@@ -663,7 +669,14 @@ class Journal:
 
 
 def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
-    """Counts what is there of these very sources, by the last line on each; removes the others."""
+    """Counts what is there of these very sources, by the last line on each.
+
+    Removes what was made of others, and where a source belongs elsewhere now, such as in another
+    class."""
+    @functools.cache
+    def sources() -> set:  # asked for only where a place is unknown: it looks at every file
+        return {picture.origin(src) for picture in plan.pictures.values()}
+
     for line in progress(reversed(journal.lines), len(journal.lines), "checked"):
         try:
             place, *record = json.loads(line)
@@ -674,14 +687,16 @@ def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
         if known:
             continue
         good = path.exists() and path.stat().st_size == record[1]
-        if picture is None:
-            journal.others[place] = good
-        else:
+        if picture:
             good = good and picture.origin(src) in (None, record[0])
             picture.known, picture.made = True, good
+        elif record[0] in sources():
+            good = False
+        else:
+            journal.others[place] = good
         if good:
             journal.count(place, record)
-        elif picture:
+        elif place not in journal.others:
             path.unlink(missing_ok=True)
     foreign = 0
     for path in (path for split in SPLITS for path in (out / split).glob("*/*")):
@@ -753,8 +768,6 @@ def report(name: str, source: str, plan: Plan, journal: Journal, out: Path) -> N
     if any(2 * sum(counts[s].values()) < sum(paper[s]) for s in paper):
         print("Less than half of the paper's pictures: this is a part of the dataset, or one of "
               "the reduced copies that circulate under its name.")
-    if name == "muxspace":
-        print("Its classes differ much in size: report the mean over the classes too.")
 
 
 def reasons(plan: Plan, split: str, *label: int | None) -> str:
@@ -778,20 +791,27 @@ def line(name: str, found: int, written: int, paper: int | None, skipped: str) -
 
 def link_seven(out: Path) -> Path:
     """AffectNet-7 beside AffectNet: its class folders are links to seven of the eight."""
-    seven = out.with_name(out.name + "7")
+    seven = seven_beside(out)
+    seven.mkdir(exist_ok=True)
+    (seven / JOURNAL).touch()  # marks it as made here
     for source in [folder for name in CLASSES[:7] for folder in out.glob(f"*/{name}")]:
         target = seven / source.relative_to(out)
         target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):
             target.symlink_to(os.path.relpath(source, target.parent), True)
         if not target.is_symlink():  # no such links here: a hard link for every picture
-            target.mkdir(exist_ok=True)
-            old, new = set(os.listdir(target)), set(os.listdir(source))
-            for n in old - new:
-                (target / n).unlink()
-            for n in new - old:
-                write(target / n, source / n, None)
-    (seven / JOURNAL).touch()  # marks it as made here
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target,
+                            copy_function=lambda a, b: write(Path(b), Path(a), None))
+    return seven
+
+
+def seven_beside(out: Path) -> Path:
+    """The folder of AffectNet-7. Raises Problem where it holds something that is not made here."""
+    seven = out.with_name(out.name + "7")
+    if seven.exists() and any(seven.iterdir()) and not (seven / JOURNAL).exists():
+        raise Problem(f"AffectNet-7 goes to {seven}, which holds something else; move that away, "
+                      f"or write to another folder with --out.")
     return seven
 
 
@@ -835,6 +855,8 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     for split in ("train", "val"):
         if not any(p.split == split for p in plan.pictures.values()):
             raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
+    if name == "affectnet":
+        seven_beside(out)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
     with journal.file:

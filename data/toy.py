@@ -16,11 +16,13 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
 VERSION = 2  # one more where the same seed gives other pictures
+PATIENCE = 300  # seconds that 50 faces may take
 CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
            "4_fear", "5_disgust", "6_anger", "7_contempt")
 
@@ -240,16 +242,14 @@ def mix(one, two, share):
     return tuple(round(a + (b - a) * share) for a, b in zip(one, two))
 
 
-def draw_file(job: tuple[str, str, int, int, int, str]) -> None:
-    """Draws one file of a dataset, unless it is there."""
-    out, split, number, size, seed, expression = job
-    path = Path(out, split, expression, f"{number:05d}.png")
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # a file appears whole or not at all
-    draw_face(expression, random.Random(f"{seed}/{split}/{number}"), size).save(part, "PNG")
-    part.replace(path)
+def draw_files(jobs: list[tuple[Path, str, int, int, int]]) -> None:
+    """Draws some files of a dataset."""
+    for path, split, number, size, seed in jobs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")  # a file appears whole or not at all
+        rng = random.Random(f"{seed}/{split}/{number}")
+        draw_face(path.parent.name, rng, size).save(part, "PNG")
+        part.replace(path)
 
 
 def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
@@ -259,23 +259,28 @@ def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
     first."""
     told, wanted = Path(out, "drawn.txt"), f"{train} + {val} faces, {size} pixels, seed {seed}, "
     wanted += f"version {VERSION}\n"
-    was = told.read_text() if told.exists() else ""
-    if was == wanted + "complete\n":
-        return
-    old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????.png")]
-    if old and was != wanted:
+    old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/{5 * '[0-9]'}*.png")]
+    if old and not (told.exists() and told.read_text().startswith(wanted)):
         print(f"the faces in {out} were drawn otherwise; they are drawn anew", flush=True)
         for path in old:
             path.unlink()
     told.parent.mkdir(parents=True, exist_ok=True)
     told.write_text(wanted)
-    jobs = [(str(out), split, i, size, seed, CLASSES[i % len(CLASSES)])
-            for split, count in (("train", train), ("val", val)) for i in range(count)]
+    places = [(Path(out, split, CLASSES[i % len(CLASSES)], f"{i:05d}.png"), split, i, size, seed)
+              for split, count in (("train", train), ("val", val)) for i in range(count)]
+    jobs = [job for job in places if not job[0].exists()]
+    if not jobs:
+        return
     with multiprocessing.get_context("spawn").Pool() as pool:
-        for done, _ in enumerate(pool.imap_unordered(draw_file, jobs, chunksize=50), start=1):
+        drawn = pool.imap_unordered(draw_files, [jobs[i:i + 50] for i in range(0, len(jobs), 50)])
+        for done in [*range(50, len(jobs), 50), len(jobs)]:
+            try:
+                drawn.next(PATIENCE)
+            except multiprocessing.TimeoutError:  # a pool waits for a process that was killed
+                sys.exit("toy: a process that draws has ended or hangs, such as for want of "
+                         "memory; the same command goes on.")
             if done % 500 == 0 or done == len(jobs):
                 print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
-    told.write_text(wanted + "complete\n")
 
 
 if __name__ == "__main__":
