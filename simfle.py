@@ -403,8 +403,8 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         between groups    0.13, 0.12, 0.13  →  0.05, 0.06, 0.06
         within groups     0.14, 0.14, 0.15  →  0.77, 0.49, 0.59
 
-    Departure 2. Authors: the squared distance of the channels' cosines, averaged over the batch, to
-    a matrix with ones in the groups and zeros elsewhere. Ours: Eq. 2, divided by c′. With that
+    Departure 2. Authors average the cosines over the batch. Their loss is the squared distance to a
+    matrix with ones inside the groups and zeros elsewhere. Ours is Eq. 2, divided by c′. With that
     L_g's gradient to one channel does not grow with c′. So one β serves nets of all widths.
 
     Args:
@@ -496,10 +496,10 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Masks the patches with the lowest scores. (Sec. 3.2)
 
     Paper: "the patches are masked in ascending order". Departure 21: between equal scores chance
-    decides. Authors: what their sort leaves. Many scores are 0, since a group finds nothing in much
-    of a face. In 26 % of the masks fewer than 12 patches scored above 0. (Photographs, --preset
-    laptop --steps 2000, seed 0, after training.) A stable sort alone would keep those of them that
-    are nearest to the top left.
+    decides. Authors: the order in which their sort leaves them. Many scores are 0, since a group
+    finds nothing in much of a face. In 26 % of the masks fewer than 12 patches scored above 0.
+    (Photographs, --preset laptop --steps 2000, seed 0, after training.) Of equal ones a stable sort
+    alone would keep those that are nearest to the top left.
 
     Args:
         a: scores (B, N_p), N_p ≥ 2.
@@ -543,8 +543,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Without ē, every r_i of a masked patch would increase, hard or easy. A kept patch has no error in
 # Eq. 4, so M_i leaves it out. Its raw score a_i moves all the same, since standardising ties the
 # scores of an image together. A score of 0 does not move: the ReLU of the grouping layer passes no
-# gradient there. If all masked scores of an image are 0, their r_i are equal, the gradients to them
-# add up to 0, and the kept scores do not move either.
+# gradient there. If all masked scores of an image are 0, the kept ones do not move either: they get
+# only the sum of the masked patches' gradients, and as their r_i are equal, that sum is 0.
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
@@ -592,9 +592,10 @@ def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
 
 # ===== 3.2 FaceMAE =====
 # A masked autoencoder. A ViT, the encoder, sees the 12 visible patches alone. From its tokens a
-# smaller one, the decoder, guesses all 49 patches. Only the 37 masked ones enter L_r. To guess them
-# it has to know how the parts of a face belong together. Its image is the whole picture, resized
-# and not augmented: the paper calls I "the input facial image", and only v1 and v2 are augmented.
+# smaller one, the decoder, guesses all 49 patches. Only the 37 masked ones enter L_r. For that the
+# encoder's tokens must tell how the parts of a face belong together. The image I is the whole
+# picture, resized and not augmented: the paper calls it "the input facial image", and only v1 and
+# v2 are augmented.
 
 
 class Block(nn.Module):
@@ -771,8 +772,9 @@ class FaceMAE(nn.Module):
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
         # L_g and the refinement both train the grouping layer, and neither may drown the other. A
-        # group is drawn 1 time in N_g. Then its c′/N_g channels share the refinement's gradient. So
-        # one channel gets about 1/c′ of it on average. L_g's does not shrink. Hence the factor c′.
+        # score sums c′/N_g channels and is standardised. So the refinement's gradient to each of
+        # them shrinks, where they are alike by N_g/c′. A group is drawn 1 time in N_g. That makes
+        # 1/c′ on average. L_g's gradient does not shrink. Hence the factor c′.
         # With κ = 0.02 and β = 0.03 both gradients stayed within a factor of three of each other.
         # (The paper's sizes, 60 steps of 16 photographs, one seed.)
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
@@ -797,8 +799,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
     what carries a gradient, are open. Authors: z̄ is the teacher, KL(ψ(z̄/t) ‖ ψ(z_i/t)), times t².
     The gradient shrinks by 1/t in the softmax and by another 1/t in the difference of the
     distributions. With t² its size hardly depends on t (Hinton et al., 2015). Detaching z̄ changes
-    nothing: the mean of the three log-softmaxes is that of z̄ but for a number, the same in every
-    coordinate. So through z̄ the gradients of the three KL terms cancel.
+    nothing: the mean of the three log-softmaxes and the log-softmax of z̄ differ by one number, the
+    same in every coordinate. So through z̄ the gradients of the three KL terms cancel.
 
     Args:
         zs: z_m, z_v1, z_v2, (B, 256) each.
@@ -878,7 +880,8 @@ class SimFLE(nn.Module):
         # 3.2 What must be seen to guess the rest? The backbone sees I in train mode, as it sees the
         # views: the running statistics of its BatchNorm move by I too. No gradient comes back.
         # Keep this after the views. In PyTorch 2.8 autocast would otherwise use the weights' bf16
-        # copies that it made under `no_grad`, and the views would train nothing. (Seen on the CPU.)
+        # copies that it made under `no_grad`, and the views would not train the backbone's
+        # convolutions. (Seen on the CPU.)
         with torch.no_grad():
             X, _ = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -979,6 +982,10 @@ class UserError(Exception):
         self.code = code
 
 
+class UnreadableError(UserError):
+    """A UserError that one rank alone may have: pictures that cannot be read."""
+
+
 def seed_of(*key) -> int:
     """A seed of 32 bits from a key, the same on every machine. torch's CPU generator uses no more
     than 32 bits of a seed. (ours)"""
@@ -1039,8 +1046,8 @@ def colours_of(folder: Path) -> tuple[list[float], list[float]]:
         mean, std = (stats["mean"], stats["std"]) if stats["own_colours"] else (MEAN, STD)
         if len(mean) == len(std) == 3 and min(std) > 0:
             return mean, std
-    raise UserError(f"{path} does not hold own_colours, mean and std of three channels; make it "
-                    f"again with data/prepare.py, or remove it.")
+    raise UserError(f"{path} does not hold own_colours, mean and std of three channels; mend it, "
+                    f"or make it again with data/prepare.py.")
 
 
 def find_pictures(folder: Path) -> list[str]:
@@ -1126,7 +1133,7 @@ class Faces(Dataset):
     def read(self, index: int) -> tuple[Tensor, int]:
         """A picture (3, H, W) uint8, this one or the next that can be read, and its index.
 
-        Raises UserError: 64 in a row cannot be read; without crops, this one cannot."""
+        Raises UnreadableError: 64 in a row cannot be read; without crops, this one cannot."""
         for i in range(index, index + (64 if self.crops else 1)):
             i %= len(self)
             try:
@@ -1139,7 +1146,7 @@ class Faces(Dataset):
                     with contextlib.suppress(OSError, ValueError):  # as in `say`
                         print(f"simfle: {self.paths[i]} cannot be read ({type(error).__name__}).",
                               file=sys.stderr, flush=True)
-        raise UserError("the pictures named above cannot be read; mend or remove them.")
+        raise UnreadableError("the pictures named above cannot be read; mend or remove them.")
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Tensor]:
         epoch, place, index = key
@@ -1531,6 +1538,9 @@ def lock(path: Path):
     return file
 
 
+OUT_OF_MEMORY = "MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED"
+
+
 def load_file(path: Path) -> dict:
     """Loads a file of torch.save, without running code that it may carry.
 
@@ -1544,7 +1554,7 @@ def load_file(path: Path) -> dict:
     except (OSError, MemoryError):
         raise  # the file may be whole
     except Exception as error:  # zip, pickle, unicode, end of file: torch raises many kinds
-        if "allocate memory" in str(error):
+        if re.search(OUT_OF_MEMORY, str(error)):
             raise
         reason = type(error).__name__
     raise UserError(f"{path} is not a checkpoint ({reason}); give another, or move it away.")
@@ -1827,8 +1837,8 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     per_rank_batch = wanted // world.size
     batch = per_rank_batch * world.size
     if len(faces) < 2 * world.size:
-        raise UserError(f"{len(faces)} pictures are too few for {world.size} processes, since each "
-                        f"needs two (BatchNorm); start fewer, or give more pictures or --labels.")
+        raise UserError(f"{len(faces)} pictures are too few: each of {world.size} processes needs "
+                        f"two (BatchNorm); give more, or more --labels, or start fewer processes.")
     if per_rank_batch < 2 or batch > len(faces):
         raise UserError(f"--batch-size {s.batch_size} must be at least 2 for each of {world.size} "
                         f"processes (BatchNorm), and at most the {len(faces)} pictures of {data}.")
@@ -2544,7 +2554,7 @@ def explained(error: Exception) -> tuple[str, int]:
     text = f"{type(error).__name__} {error}"
     if stop_asked.is_set() and re.search("worker.*(exited|killed)", text):  # by Ctrl-C, as we were
         return "stopped; the same command goes on.", 143
-    if re.search("MemoryError|out of memory|not enough memory|allocate memory|ALLOC_FAILED", text):
+    if re.search(OUT_OF_MEMORY, text):
         return ("out of memory: give a smaller --batch-size, or more GPUs. In bf16 the paper's "
                 "setting needs an estimated 27 GiB for 256 images a process, and 11 GiB for 85.", 2)
     if re.search(r"shared memory|Bus error|/torch_\d|worker.*(exited|killed)", text):
@@ -2571,15 +2581,16 @@ def program(name: str, run: Callable[[], None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console without × is no reason to stop
-    kinds = [kind for kind in STOPS  # but not what nohup, or `&` in a script, lets it ignore
+    kinds = [kind for kind in STOPS  # except those that nohup, or `&` in a script, made it ignore
              if signal.getsignal(kind) != signal.SIG_IGN]
     before = [signal.signal(kind, ask_to_stop) for kind in kinds]
     told, code = "", 0
     try:
         run()
     except UserError as error:
-        told, code = str(error).rstrip().split("UserError: ")[-1], error.code  # after a traceback
-        if int(os.environ.get("LOCAL_RANK", 0)) and "DataLoader worker" not in str(error):
+        told = re.split("(?:User|Unreadable)Error: ", str(error).rstrip())[-1]  # after a traceback
+        code = error.code
+        if int(os.environ.get("LOCAL_RANK", 0)) and not isinstance(error, UnreadableError):
             told = ""  # all ranks know it; once on every machine is enough
     except KeyboardInterrupt:
         told, code = ("interrupted at once; a run resumes from its last checkpoint, if it has one, "

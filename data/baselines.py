@@ -197,8 +197,8 @@ def moco(s: simfle.Settings, backbone: Backbone, head, t: float) -> MoCo:
     """MoCo, or with `two_layers` MoCo v2, of the settings' size.
 
     With the preset `paper`, queue and EMA decay are MoCo's own. A --tau other than 0.99, BYOL's,
-    replaces the decay. (Without it, settings.json has that 0.99.) Over the laptop's 1,000 steps a
-    target with a decay of 0.999 would hardly move."""
+    replaces the decay. (Without it settings.json says 0.99 all the same.) Over the laptop's 1,000
+    steps a target with a decay of 0.999 would hardly move."""
     own = s.preset == "paper"
     tau = 0.999 if own and s.tau == simfle.Settings.tau else s.tau
     return MoCo(backbone, head, s.outputs // 2, 65_536 if own else 1_024, t, tau)

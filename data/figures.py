@@ -352,8 +352,9 @@ def figures_of(args: argparse.Namespace, s: simfle.Settings, folder: Path):
         if path:
             looks[f"{name}\n{path.stem}"] = classifier(path)
             net = Path("runs", name, "backbone.pt")
-            if path.stem == f"linear-{simfle.data_name(str(folder))}" and simfle.load_start(
-                    net, s.arch)["start"] != simfle.load_file(path)["start"]:
+            if path == own and path.stem == f"linear-{simfle.data_name(str(folder))}" and (
+                    net.exists() and simfle.load_start(net, s.arch)["start"]
+                    != simfle.load_file(path).get("start")):
                 print(f"{path} is of an earlier {net}; evaluate again.")
         else:
             print(f"runs/{name} has no classifier to draw the attention of; make one with --eval.")

@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import csv
 import errno
-import functools
 import io
 import json
 import os
@@ -573,7 +572,7 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
             whole.load()
             upright = True
             with contextlib.suppress(Exception):  # of broken tags, once the pixels are turned
-                if picture.box:  # of the picture as it is stored, unlike what reads a link to it
+                if picture.box:  # it counts in the stored picture; whoever reads a link turns it
                     upright = whole.getexif().get(0x0112, 1) == 1
                 else:
                     ImageOps.exif_transpose(whole, in_place=True)
@@ -671,12 +670,8 @@ class Journal:
 def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
     """Counts what is there of these very sources, by the last line on each.
 
-    Removes what was made of others, and where a source belongs elsewhere now, such as in another
-    class."""
-    @functools.cache
-    def sources() -> set:  # asked for only where a place is unknown: it looks at every file
-        return {picture.origin(src) for picture in plan.pictures.values()}
-
+    Removes a picture if its source has changed, or has another place now, such as another class."""
+    greys = {picture.origin(src) for picture in plan.pictures.values() if picture.grey}
     for line in progress(reversed(journal.lines), len(journal.lines), "checked"):
         try:
             place, *record = json.loads(line)
@@ -690,7 +685,7 @@ def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
         if picture:
             good = good and picture.origin(src) in (None, record[0])
             picture.known, picture.made = True, good
-        elif record[0] in sources():
+        elif record[0] in greys or (src / re.sub(r" \d+ (None|\(.*)$", "", record[0])).exists():
             good = False
         else:
             journal.others[place] = good
@@ -860,6 +855,8 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
     with journal.file:
+        for folder in (out, out.with_name(out.name + "7")) if name == "affectnet" else (out,):
+            (folder / "stats.json").unlink(missing_ok=True)  # until all is there
         check(plan, journal, src, out)
         make_all(plan, journal, src, out, size, workers)
     report(name, source, plan, journal, out)

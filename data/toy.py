@@ -259,13 +259,17 @@ def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
     first."""
     told, wanted = Path(out, "drawn.txt"), f"{train} + {val} faces, {size} pixels, seed {seed}, "
     wanted += f"version {VERSION}\n"
-    old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/{5 * '[0-9]'}*.png")]
-    if old and not (told.exists() and told.read_text().startswith(wanted)):
-        print(f"the faces in {out} were drawn otherwise; they are drawn anew", flush=True)
+    if not (told.exists() and told.read_text().startswith(wanted)):
+        old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????*.png")
+               if path.stem.isdigit()]
+        if old:
+            print(f"the faces in {out} were drawn otherwise; they are drawn anew", flush=True)
         for path in old:
             path.unlink()
-    told.parent.mkdir(parents=True, exist_ok=True)
-    told.write_text(wanted)
+        told.parent.mkdir(parents=True, exist_ok=True)
+        part = told.with_suffix(f".{os.getpid()}.part")
+        part.write_text(wanted)
+        part.replace(told)
     places = [(Path(out, split, CLASSES[i % len(CLASSES)], f"{i:05d}.png"), split, i, size, seed)
               for split, count in (("train", train), ("val", val)) for i in range(count)]
     jobs = [job for job in places if not job[0].exists()]
