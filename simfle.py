@@ -53,8 +53,8 @@ Letters
 
 MAE is the masked autoencoder of He et al. (2022), ViT the transformer for images that it uses, and
 DDP PyTorch's DistributedDataParallel. Departures from the paper and from the authors' code are
-numbered at their line; the README has the table. The paper's accuracies have not
-been reproduced: that takes AffectNet and GPUs.
+numbered at their line; the README has the table. The paper's accuracies have not been reproduced:
+that takes AffectNet and GPUs. Nothing has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -441,8 +441,8 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 # whether an image or a batch draws.)
 #
 # The 49 scores are interpolated from the score map's 4 × 4 = 16 values. Neighbouring patches have
-# similar scores, and so a mask is made of coherent regions. (Patches whose scores are equal, such
-# as 0, are masked at random.)
+# similar scores. So a mask is made of coherent regions. (Chance decides between equal scores, such
+# as 0.)
 #
 # Masks follow MAE's convention: 0 is kept, 1 is masked. (The paper's Fig. 3 draws 1 for kept.)
 
@@ -524,8 +524,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Ours: we write a gradient down ourselves. Our hypothesis is that masks will then keep what is hard
 # to reconstruct. Take the masked patches of an image. The score of one that is harder than their
 # mean should increase, that of an easier one should decrease. The forward pass keeps its mask M of
-# zeros and ones. Only the gradient uses a soft one, a sigmoid of how far a score lies below the
-# lowest kept one:
+# zeros and ones. Only the gradient uses a soft mask. A score's place in it is a sigmoid of how far
+# it lies below the lowest kept score.
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
@@ -543,8 +543,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Without ē, every r_i of a masked patch would increase, hard or easy. A kept patch has no error in
 # Eq. 4, so M_i leaves it out. Its raw score a_i moves all the same, since standardising ties the
 # scores of an image together. A score of 0 does not move: the ReLU of the grouping layer passes no
-# gradient there. If all masked scores of an image are 0, the kept ones do not move either: they get
-# only the sum of the masked patches' gradients, and as their r_i are equal, that sum is 0.
+# gradient there. If all masked scores of an image are 0, nothing moves. The kept scores get only the
+# sum of the masked patches' gradients. Here their r_i are equal, and so the sum is 0.
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:

@@ -2828,7 +2828,7 @@ def test_a_disk_that_fails_is_no_broken_picture(tmp_path, monkeypatch):
     put(tmp_path / "a.jpg")
     one = R.Picture("train", 0, "a.jpg", tmp_path, "a.jpg", None, None)
     for error, kind in ((OSError(errno.EIO, "Input/output error"), OSError),
-                        (MemoryError(), R.Problem), (SyntaxError("broken PNG"), R.Skip)):
+                        (MemoryError(), OSError), (SyntaxError("broken PNG"), R.Skip)):
         def load(*args):
             raise error
 
@@ -3825,7 +3825,7 @@ def test_affectnet7_is_seven_classes_of_the_same_files(tmp_path):
     out, seven = tmp_path / "affectnet", tmp_path / "affectnet7"
     mine = put(seven / "train/0_neutral/mine.jpg")  # what somebody has put there by hand
     done = prepared("affectnet", "--src", tmp_path / "src", "--out", out)
-    assert done.returncode == 2 and "holds something else" in done.stderr
+    assert done.returncode == 2 and "affectnet7 holds what was not prepared here" in done.stderr
     assert mine.exists() and not out.exists()
     shutil.rmtree(seven)
     assert prepared("affectnet", "--src", tmp_path / "src", "--out", out).returncode == 0

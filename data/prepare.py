@@ -46,6 +46,7 @@ CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
            "4_fear", "5_disgust", "6_anger", "7_contempt")
 SPLITS = ("train", "valid", "val")  # valid: FERPlus's second one, which the paper does not use
 JOURNAL = ".prepared.jsonl"
+MACHINE = errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE  # no fault of the picture's
 
 # Table 5: pictures of every class, to train on and to test on.
 PAPER = {
@@ -588,10 +589,8 @@ def make(picture: Picture, src: Path, target: Path, size: int) -> list:
     except Skip:
         raise
     except Exception as error:  # Pillow raises many kinds for broken files
-        if isinstance(error, MemoryError):
-            raise Problem("out of memory: give fewer --workers; it resumes here.") from None
-        if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EMFILE):
-            raise  # the disk fails, not the picture
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE:
+            raise OSError(str(error) or "out of memory") from None
         raise Skip("cannot be read" if getattr(error, "errno", None) else "cannot be decoded")
     write(target, source, content)
     return [origin, target.stat().st_size, *result]
@@ -786,7 +785,7 @@ def line(name: str, found: int, written: int, paper: int | None, skipped: str) -
 
 def link_seven(out: Path) -> Path:
     """AffectNet-7 beside AffectNet: its class folders are links to seven of the eight."""
-    seven = seven_beside(out)
+    seven = out.with_name(out.name + "7")
     seven.mkdir(exist_ok=True)
     (seven / JOURNAL).touch()  # marks it as made here
     for source in [folder for name in CLASSES[:7] for folder in out.glob(f"*/{name}")]:
@@ -798,15 +797,6 @@ def link_seven(out: Path) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target,
                             copy_function=lambda a, b: write(Path(b), Path(a), None))
-    return seven
-
-
-def seven_beside(out: Path) -> Path:
-    """The folder of AffectNet-7. Raises Problem where it holds something that is not made here."""
-    seven = out.with_name(out.name + "7")
-    if seven.exists() and any(seven.iterdir()) and not (seven / JOURNAL).exists():
-        raise Problem(f"AffectNet-7 goes to {seven}, which holds something else; move that away, "
-                      f"or write to another folder with --out.")
     return seven
 
 
@@ -850,12 +840,15 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     for split in ("train", "val"):
         if not any(p.split == split for p in plan.pictures.values()):
             raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
-    if name == "affectnet":
-        seven_beside(out)
+    outs = [out, out.with_name(out.name + "7")] if name == "affectnet" else [out]
+    for seven in outs[1:]:
+        if any(seven.glob("*")) and not (seven / JOURNAL).exists():
+            raise Problem(f"{seven} holds what was not prepared here; move that away, or write to "
+                          f"another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
     with journal.file:
-        for folder in (out, out.with_name(out.name + "7")) if name == "affectnet" else (out,):
+        for folder in outs:
             (folder / "stats.json").unlink(missing_ok=True)  # until all is there
         check(plan, journal, src, out)
         make_all(plan, journal, src, out, size, workers)
