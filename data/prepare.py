@@ -13,8 +13,7 @@ anew only where they must be cropped, drawn or shrunk. The others are hard links
 links do not work. Stopped at any moment, the same command resumes: a picture is written whole or
 not at all, and none is made twice. data/README.md says where to get each dataset.
 
-Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfle.py or torch.
-"""
+Needs Pillow, and numpy for AffectNet's .npy labels. Nothing here knows of simfle.py or torch."""
 
 import argparse
 import contextlib
@@ -33,6 +32,7 @@ import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 try:
@@ -83,9 +83,7 @@ class Tree:
 
     Attributes:
         folders: path -> its files' names, sorted, as keys and values. By links, too, only once.
-        called: a folder's name -> the paths of all folders of that name.
-    """
-
+        called: a folder's name -> the paths of all folders of that name."""
     def __init__(self, src: Path):
         self.src, self.folders, self.called, seen = src, {}, defaultdict(list), set()
         if not src.is_dir():
@@ -161,7 +159,6 @@ def is_picture(name: str) -> bool:
 @dataclass(slots=True)  # there are 300,000 of them
 class Picture:
     """One picture to be: its place, and what it is made from."""
-
     split: str
     label: int
     name: str  # of its file
@@ -193,9 +190,7 @@ class Plan:
 
     Attributes:
         pictures: place in lower case (some disks know just one case) -> Picture.
-        skipped: (split, label or None, reason) -> how many.
-    """
-
+        skipped: (split, label or None, reason) -> how many."""
     def __init__(self):
         self.pictures, self.skipped = {}, Counter()
 
@@ -382,8 +377,7 @@ def majority(votes: list[int | None]) -> int:
 
     A class with a single vote gets none. Of what is left, "unknown" and "not a face" included, one
     of the eight classes needs more than half. This rule, over label.csv, gives the paper's counts;
-    over fer2013new.csv, which has other votes, it does not.
-    """
+    over fer2013new.csv, which has other votes, it does not."""
     if None in votes:
         raise Skip("votes that are no integers")
     votes = [v if v > 1 else 0 for v in votes]
@@ -426,8 +420,7 @@ def ferplus_rows(tree: Tree, plan: Plan, pixels: Path) -> dict[tuple[str, str], 
     """(split, name) -> its 48 × 48 pixels. Raises Problem.
 
     A name's number is not its row: row i of the pixels belongs to row i of fer2013new.csv, which
-    has the name. Four names stand twice; the row nearest to the number is the right one.
-    """
+    has the name. Four names stand twice; the row nearest to the number is the right one."""
     path = tree.one("fer2013new.csv")
     if path is None:
         raise tree.missing("FERPlus's fer2013new.csv, which tells the pixels' names")
@@ -483,8 +476,7 @@ def sfew(tree: Tree, plan: Plan) -> str:
 def muxspace(tree: Tree, plan: Plan) -> str:
     """legend.csv and images/ of a public repository. Returns its name. Raises Problem.
 
-    Ours: the splits, and that fear and contempt are left out, as 21 and 9 pictures are too few.
-    """
+    Ours: the splits, and that fear and contempt are left out, as 21 and 9 pictures are too few."""
     path = tree.one("legend.csv")
     if path is None:
         raise tree.missing("data/legend.csv and images/ of github.com/muxspace/facial_expressions")
@@ -511,8 +503,7 @@ def draw_tested(labels: dict[str, int]) -> set[str]:
     """The pictures to test on: 1,000 each neutral and happy, 50 of each other class, at most half.
 
     All of Name_Surname_0001.jpg and so on are one unit, in one split; any other picture is one.
-    Units are taken where they fit, those of small classes first, then in the order of a hash.
-    """
+    Units are taken where they fit, those of small classes first, then in the order of a hash."""
     units, tested = defaultdict(list), set()
     for name in labels:
         units[re.sub(r"_\d{4}$", "", os.path.splitext(name)[0])].append(name)
@@ -541,9 +532,8 @@ def progress(items, total: int, what: str):
         now = time.perf_counter()
         if now - last >= (0.5 if terminal else 5.0) or count == total:
             last, rate = now, count / max(now - start, 1e-9)
-            left = round((total - count) / rate)
-            print(f"{what} {count:,}/{total:,}  {rate:,.0f}/s  left {left // 3600}:"
-                  f"{left // 60 % 60:02}:{left % 60:02}   ",
+            left = timedelta(seconds=round((total - count) / rate))
+            print(f"{what} {count:,}/{total:,}  {rate:,.0f}/s  left {left}   ",
                   end="\r" if terminal and count < total else "\n", flush=True)
 
 
@@ -630,7 +620,6 @@ class Journal:
         others: place -> whether it is good, of pictures that this download no longer has.
         totals: (split, class) -> how many there are, and the sums of their moments in 10^-12:
             integers, as the order in which they come must not change the last digit."""
-
     def __init__(self, out: Path, origin: dict):
         self.others, self.totals = {}, defaultdict(lambda: [0] * 7)
         self.file = open(out / JOURNAL, "a+", encoding="utf-8", buffering=1)
@@ -677,8 +666,7 @@ def check(plan: Plan, journal: Journal, src: Path, out: Path) -> None:
         except ValueError:  # empty, or cut off
             continue
         picture, path = plan.pictures.get(place.lower()), out / place
-        known = picture.known if picture else place in journal.others
-        if known:
+        if picture.known if picture else place in journal.others:
             continue
         good = path.exists() and path.stat().st_size == record[1]
         if picture:
@@ -783,9 +771,8 @@ def line(name: str, found: int, written: int, paper: int | None, skipped: str) -
     return f"{name:12} {found:9,} {written:9,} {number:>9}  {verdict}; {skipped}".rstrip("; ")
 
 
-def link_seven(out: Path) -> Path:
+def link_seven(out: Path, seven: Path) -> None:
     """AffectNet-7 beside AffectNet: its class folders are links to seven of the eight."""
-    seven = out.with_name(out.name + "7")
     seven.mkdir(exist_ok=True)
     (seven / JOURNAL).touch()  # marks it as made here
     for source in [folder for name in CLASSES[:7] for folder in out.glob(f"*/{name}")]:
@@ -797,7 +784,6 @@ def link_seven(out: Path) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target,
                             copy_function=lambda a, b: write(Path(b), Path(a), None))
-    return seven
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -841,10 +827,9 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
         if not any(p.split == split for p in plan.pictures.values()):
             raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
     outs = [out, out.with_name(out.name + "7")] if name == "affectnet" else [out]
-    for seven in outs[1:]:
-        if any(seven.glob("*")) and not (seven / JOURNAL).exists():
-            raise Problem(f"{seven} holds what was not prepared here; move that away, or write to "
-                          f"another folder with --out.")
+    if any(any(seven.glob("*")) and not (seven / JOURNAL).exists() for seven in outs[1:]):
+        raise Problem(f"{outs[1]} holds what was not prepared here; move that away, or write to "
+                      f"another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
     with journal.file:
@@ -854,7 +839,8 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
         make_all(plan, journal, src, out, size, workers)
     report(name, source, plan, journal, out)
     if name == "affectnet":
-        report("affectnet7", source, plan, journal, link_seven(out))
+        link_seven(*outs)
+        report("affectnet7", source, plan, journal, outs[1])
     if tree.packed() and any("missing" in reason for _, _, reason in plan.skipped):
         print(f"Files are missing; {tree.packed()[:-2]}.")
 
