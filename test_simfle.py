@@ -1612,13 +1612,18 @@ def test_oversampling_weighs_the_classes_of_the_converged_head(trained, monkeypa
     torch.testing.assert_close(seen[1], 1 / torch.tensor([14.0, 9.0, 7.0]).double())
 
 
-def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monkeypatch, capsys):
-    def probed(*args, code=0):
+@pytest.fixture
+def probed(trained, monkeypatch, capsys):
+    """The JSON that data/probe.py prints of a run, or what it complains of."""
+    def run(*args, name="colours", code=0):
         monkeypatch.chdir(trained)
-        assert P.main(["colours", "--workers", "0", *args]) == code
+        assert P.main([name, "--workers", "0", *map(str, args)]) == code
         out = capsys.readouterr()
         return out.err if code else json.loads(out.out.splitlines()[-1])
+    return run
 
+
+def test_the_probe_reads_pixels_and_untrained_nets(trained, probed, monkeypatch):
     assert probed("--init", "pixels")["accuracy"] > 90  # the classes differ in colour
     features, head = [], S.converged_head
     monkeypatch.setattr(S, "converged_head",
@@ -1639,44 +1644,46 @@ def test_the_probe_reads_pixels_untrained_nets_and_the_refinement(trained, monke
     torch.testing.assert_close(features[-1][0].float().cpu(), net.eval()(x[None])[0].detach(),
                                rtol=1e-3, atol=1e-4)
 
+
+def test_the_probe_measures_the_refinement_of_one_run_or_of_two(trained, probed, monkeypatch):
     measured = probed("--refinement")
     assert (measured["run"], measured["measured"]) == ("colours", "refinement")
     assert measured.keys() >= {"positions", "within_image", "error_map", "seconds"}
     assert len(measured["keep_map"]) == 49
     assert sum(measured["keep_map"]) == pytest.approx(12, abs=0.01)
-    alone = ["--data", "colours", "--name", "alone", *TINY, "--steps", "1", "--ffl", "none"]
-    assert in_process(*alone, cwd=trained, monkeypatch=monkeypatch) == 0
     # Another run's masking, with the errors of this one.
     other = ["--data", "colours", "--name", "other", *TINY, "--steps", "1", "--seed", "5"]
     assert in_process(*other, cwd=trained, monkeypatch=monkeypatch) == 0
     crossed = probed("--refinement", "other")
     assert crossed["measured"] == "refinement, masking of other"
     assert crossed["error_map"] == measured["error_map"]
-    assert P.main(["other", "--refinement", "--workers", "0"]) == 0
-    own = json.loads(capsys.readouterr().out.splitlines()[-1])
+    own = probed("--refinement", name="other")
     assert crossed["keep_map"] == own["keep_map"] != measured["keep_map"]
     assert own["error_map"] != measured["error_map"]
     (trained / "classless").mkdir()  # pictures without classes
     (trained / "classless/val").symlink_to(trained / "colours/val/0_a")
-    assert probed("--refinement", "--data", str(trained / "classless"))["val_pictures"] == len(
+    assert probed("--refinement", "--data", trained / "classless")["val_pictures"] == len(
         list((trained / "colours/val/0_a").iterdir()))
     in_process(*other, "--name", "fine", "--patch", "2", cwd=trained, monkeypatch=monkeypatch)
     assert "have other --ffl-size or --patch" in probed("--refinement", "fine", code=2)
-    assert P.main(["alone", "--refinement"]) == 2
-    assert "has no masking to measure" in capsys.readouterr().err
+
+
+def test_the_probe_tells_what_it_cannot_measure(trained, probed, monkeypatch):
+    alone = ["--data", "colours", "--name", "alone", *TINY, "--steps", "1", "--ffl", "none"]
+    assert in_process(*alone, cwd=trained, monkeypatch=monkeypatch) == 0
+    assert "has no masking to measure" in probed("--refinement", name="alone", code=2)
     assert "other.pt is missing" in probed("--init", "other.pt", code=2)
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, trained / "other.pt")
     assert "other.pt does not fit this net" in probed("--init", "other.pt", code=2)
     for args in (["--seed", 1], ["--init", "random", "--seed", 10**20], ["--workers", "-2"]):
-        assert "probe: --" in probed(*map(str, args), code=2)
+        assert "probe: --" in probed(*args, code=2)
     assert "there is no dataset nowhere" in probed("--data", "nowhere", code=2)
-    assert P.main(["nobody"]) == 2
-    assert "there is no run nobody" in capsys.readouterr().err
+    assert "there is no run nobody" in probed(name="nobody", code=2)
     stored = S.run_settings("alone") | {"queue": 1024}  # a setting that is no more
     (trained / "runs/older").mkdir()
     (trained / "runs/older/settings.json").write_text(json.dumps(stored))
-    assert P.main(["older"]) == 2
-    assert "runs/older was made by another version of simfle.py" in capsys.readouterr().err
+    told = probed(name="older", code=2)
+    assert "runs/older was made by another version of simfle.py" in told
     shutil.rmtree(trained / "runs/older")
 
 
