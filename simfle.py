@@ -191,9 +191,7 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # average of past online streams. Only the online stream has a predictor; BYOL's authors report a
 # collapse without it.
 #
-# `spread` shows whether it worked. It is 0 in a collapse. Over evenly spread directions in 256
-# dimensions each coordinate's standard deviation is 1/√256 = 0.0625. (In training: the table before
-# `SimFLE`.)
+# `spread` shows whether it worked. (In training: the table before `SimFLE`.)
 
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -220,7 +218,8 @@ def spread(z: Tensor) -> Tensor:
         z: projections (B, 256).
     Returns:
         scalar: the standard deviation of the normalised projections over the batch, averaged over
-        the dimensions. 0 in a collapse; 1/√256 = 0.0625 for evenly spread directions."""
+        the dimensions. 0 in a collapse. Over evenly spread directions in 256 dimensions each
+        coordinate's standard deviation is 1/√256 = 0.0625."""
     with full_precision(z):
         return F.normalize(promote(z), dim=1).std(dim=0).mean()
 
@@ -309,6 +308,40 @@ class BYOL(nn.Module):
     def update(self) -> None:
         """Moves the target after the optimiser's step. (Sec. 3.1)"""
         ema_update(self.target, self.online, self.tau)
+
+
+class GFLAlone(nn.Module):
+    """One branch alone. (Table 3 a, Table 1)
+
+    Call `update()` once after every step of the optimiser.
+
+    Args:
+        gfl: `BYOL`, or a module with its interface.
+    Forward:
+        v1, v2: views (B, 3, 224, 224).
+        I: not used here.
+        Returns a dict: `loss`, with gradient; without, L_s and spread."""
+    def __init__(self, gfl: nn.Module):
+        super().__init__()
+        self.gfl, self.ffl = gfl, None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The one network that is kept in the end."""
+        return self.gfl.online.backbone
+
+    def forward(self, v1: Tensor, v2: Tensor, I: Tensor | None = None) -> dict[str, Tensor]:
+        L_s, _, z1 = self.gfl(v1, v2)
+        return report(L_s, L_s=L_s, spread=spread(z1))
+
+    def update(self) -> None:
+        """What changes without gradient, after every step: the target. (Sec. 3.1)"""
+        self.gfl.update()
+
+
+def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
+    """A dict of the loss, with gradient, and its parts, without. (ours)"""
+    return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
 
 
 # ===== 3.2 Channel grouping =====
@@ -840,10 +873,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 # it takes nothing from the backbone's losses. In a collapse `spread` falls to 0, and L_s with it.
 
 
-class SimFLE(nn.Module):
-    """SimFLE; without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
-
-    Call `update()` once after every step of the optimiser.
+class SimFLE(GFLAlone):
+    """GFL and FFL; without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
 
     Args:
         gfl: `BYOL`, or a module with its interface (data/baselines.py).
@@ -859,19 +890,13 @@ class SimFLE(nn.Module):
     def __init__(self, gfl: nn.Module | None = None, ffl: FaceMAE | None = None,
                  hidden: int = 4096, outputs: int = 256, alpha: float = 0.3, beta: float = 0.03,
                  t: float = 4.0):
-        super().__init__()
+        super().__init__(BYOL(Backbone()) if gfl is None else gfl)
         self.alpha, self.beta, self.t = alpha, beta, t
-        self.gfl = BYOL(Backbone()) if gfl is None else gfl
         channels = self.backbone.channels
         self.ffl = FaceMAE(channels) if ffl is None else ffl
         width = self.ffl.mae.embed.out_features
         self.distil_m = mlp(width, hidden, outputs)  # of the encoder's tokens
         self.distil_v = mlp(channels, hidden, outputs)  # of the backbone's features
-
-    @property
-    def backbone(self) -> Backbone:
-        """The one network that is kept in the end."""
-        return self.gfl.online.backbone
 
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor) -> dict[str, Tensor]:
         # 3.1 What is the same in two views?
@@ -896,42 +921,8 @@ class SimFLE(nn.Module):
         loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
         return report(loss, L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1), **logged)
 
-    def update(self) -> None:
-        """What changes without gradient, after every step: the target. (Sec. 3.1)"""
-        self.gfl.update()
-
-
-def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
-    """A dict of the loss, with gradient, and its parts, without. (ours)"""
-    return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
-
 
 # ===== Table 3: parts taken away =====
-
-
-class GFLAlone(nn.Module):
-    """One branch alone. (Table 3 a, Table 1)
-
-    Args:
-        gfl: `BYOL`, or a module with its interface.
-    Forward:
-        v1, v2: views (B, 3, 224, 224). I is not used.
-        Returns a dict: loss, L_s, spread."""
-    def __init__(self, gfl: nn.Module):
-        super().__init__()
-        self.gfl, self.ffl = gfl, None
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.gfl.online.backbone
-
-    def forward(self, v1: Tensor, v2: Tensor, I: Tensor | None = None) -> dict[str, Tensor]:
-        L_s, _, z1 = self.gfl(v1, v2)
-        return report(L_s, L_s=L_s, spread=spread(z1))
-
-    def update(self) -> None:
-        """Moves the target. (Sec. 3.1)"""
-        self.gfl.update()
 
 
 class DirectSimFLE(GFLAlone):
