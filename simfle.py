@@ -7,7 +7,7 @@ find two random views of a face alike. In fine-grained facial feature learning (
 the backbone's channels decide which patches of a face a masked autoencoder gets to see.
 Distillation exchanges what both have learnt (Section 3.3). Afterwards only the backbone is kept.
 Read this file from the top with the paper beside it. Section numbers, letters and equations are the
-paper's, except where the text says "ours" or numbers a departure.
+paper's, except where the text says "ours" or names a departure by its number.
 
     python simfle.py                                               the demo, on a laptop
     python simfle.py --data affectnet                              one GPU
@@ -28,12 +28,12 @@ One step, with B images (sg: no gradient)
     X = sg(backbone(I))                                    (B, 2048, 4, 4), I: the whole face
     C = relu(batchnorm(conv1x1(X)))                        32 groups of 64 channels
     L_g = eq2(C) / 2048                                    alike in a group, unlike between groups
-    a = patch means of upsample(sum of C over one group)   (B, 49) scores; an image draws its group
+    a = patch means of upsample(sum of C over a group)     (B, 49) scores; each image draws a group
     mask = the 37 patches with the lowest scores           (B, 49) 0 kept, 1 masked
     tokens = encoder(class token, the 12 kept patches)     (B, 13, 768)
     L_r = mean squared error of decoder(tokens) on the masked patches
         + 0.02 · 2048 · refinement(a, errors)              its value is 0; its gradient moves a
-    z_m, z_v1, z_v2 = distil_m(mean of the 12 tokens), distil_v(h1), distil_v(h2)     (B, 256)
+    z_m, z_v1, z_v2 = distil_m(mean of the 12 patches' tokens), distil_v(h1), distil_v(h2)
     z̄ = sg(mean of z_m, z_v1, z_v2);  L_d = t² · sum of KL(softmax(z̄/t) ‖ softmax(z_i/t))
     (L_s + L_r + 0.3 L_d + 0.03 L_g).backward(); optimizer.step()
     target = 0.99 target + 0.01 online                     without the predictor
@@ -52,9 +52,10 @@ Letters
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
 
 MAE is the masked autoencoder of He et al. (2022), ViT the transformer for images that it uses, and
-DDP PyTorch's DistributedDataParallel. Departures from the paper and from the authors' code are
-numbered at their line; the README has the table. The paper's accuracies have not been reproduced:
-that takes AffectNet and GPUs. Nothing has run on a GPU yet.
+DDP PyTorch's DistributedDataParallel. "Authors:" stands before what the public code of the paper's
+authors does. Departures from the paper and from that code are numbered at their line; the README
+has the table. The paper's accuracies have not been reproduced: that takes AffectNet and GPUs.
+Nothing has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-# AffectNet's colours, as the authors publish them: mean and deviation of the three channels.
+# AffectNet's colours, as published by the paper's authors: mean and deviation of three channels.
 MEAN, STD = (0.5795, 0.4522, 0.3957), (0.2769, 0.2473, 0.2412)
 
 # ================================ Part I: the method ================================
@@ -191,7 +192,7 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 # average of past online streams. Only the online stream has a predictor; BYOL's authors report a
 # collapse without it.
 #
-# `spread` shows whether it worked. (In training: the table before `SimFLE`.)
+# `spread` shows whether it worked. (The table before `SimFLE` has its values in a training.)
 
 
 def similarity_loss(p: Tensor, z: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ class BYOL(nn.Module):
     Forward:
         v1, v2: views (B, 3, 224, 224); B ≥ 2 in train mode (BatchNorm).
         Returns L_s, a scalar from 0 to 8; [h1, h2], the online stream's pooled features (B, 2048)
-        of the views (a list, since in MoCo that stream sees v1 alone); and z1 (B, 256), its
+        of the views (a list, since another GFL may have those of v1 alone); and z1 (B, 256), its
         projection of v1.
 
         byol, (v1, v2) = BYOL(Backbone(torchvision.models.resnet18())), torch.randn(2, 4, 3, 64, 64)
@@ -290,7 +291,7 @@ class BYOL(nn.Module):
         self.online = Stream(backbone, mlp(backbone.channels, hidden, outputs))
         self.predictor = mlp(outputs, hidden, outputs)
         # The target starts as a copy. In train mode its BatchNorm layers normalise by the batch.
-        # Their running statistics are not averaged with the online ones: nothing reads them.
+        # Their running statistics are not averaged with the online ones: no training reads them.
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -320,7 +321,7 @@ class GFLAlone(nn.Module):
     Forward:
         v1, v2: views (B, 3, 224, 224).
         I: not used here.
-        Returns a dict: `loss`, with gradient; without, L_s and spread."""
+        Returns a dict: `loss`, with gradient; L_s and spread, without."""
     def __init__(self, gfl: nn.Module):
         super().__init__()
         self.gfl, self.ffl = gfl, None
@@ -340,7 +341,7 @@ class GFLAlone(nn.Module):
 
 
 def report(loss: Tensor, **parts: Tensor) -> dict[str, Tensor]:
-    """A dict of the loss, with gradient, and its parts, without. (ours)"""
+    """A dict of the loss, with its gradient, and of its parts, detached. (ours)"""
     return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
 
 
@@ -436,9 +437,10 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         between groups    0.13, 0.12, 0.13  →  0.05, 0.06, 0.06
         within groups     0.14, 0.14, 0.15  →  0.77, 0.49, 0.59
 
-    Departure 2. Authors average the cosines over the batch. Their loss is the squared distance to a
-    matrix with ones inside the groups and zeros elsewhere. Ours is Eq. 2, divided by c′. With that
-    L_g's gradient to one channel does not grow with c′. So one β serves nets of all widths.
+    Departure 2. Authors average each pair's cosine over the batch. Their loss is the squared
+    distance of these c′ × c′ means to a matrix with ones inside the groups and zeros elsewhere.
+    Ours is Eq. 2, divided by c′. With that L_g's gradient to one channel does not grow with c′. So
+    one β serves nets of all widths. (In the gradient, `unit` takes norms below 0.1 for 0.1.)
 
     Args:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
@@ -543,7 +545,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
         mask: (B, N_p), 0 kept and 1 masked."""
     B, N_p = a.shape
     kept = min(max(1, math.floor(N_p * (1 - ratio) + 1e-6)), N_p - 1)  # 1e-6: (1 − 0.8)·50 is 9.99…
-    mixed = torch.rand_like(a).argsort(dim=1)  # a stable sort leaves equals in this random order
+    mixed = torch.rand_like(a).argsort(dim=1)  # equals keep this random order below
     best = a.gather(1, mixed).argsort(dim=1, descending=True, stable=True)[:, :kept]
     keep = mixed.gather(1, best)
     return keep, torch.ones_like(a).scatter(1, keep, 0.0)
@@ -557,14 +559,14 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Ours: we write a gradient down ourselves. Our hypothesis is that masks will then keep what is hard
 # to reconstruct. Take the masked patches of an image. The score of one that is harder than their
 # mean should increase, that of an easier one should decrease. The forward pass keeps its mask M of
-# zeros and ones. Only the gradient uses a soft mask. A score's place in it is a sigmoid of how far
-# it lies below the lowest kept score.
+# zeros and ones. Only the gradient uses a soft mask, which goes from 0, kept, to 1, masked. It is a
+# sigmoid of how far a patch's score lies below the lowest kept score.
 #
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
 # r_thr is the lowest standardised score among the kept patches, detached. soft_i is ½ where r_i is
-# r_thr, and towards 1 for the patches with the lowest scores. A term of value 0 is added to L_r.
-# For one image it is
+# r_thr, and comes nearer to 1 the lower r_i is. A term of value 0 is added to L_r. For one image it
+# is
 #
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − soft_i.detach())
 #
@@ -576,8 +578,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Without ē, every r_i of a masked patch would increase, hard or easy. A kept patch has no error in
 # Eq. 4, so M_i leaves it out. Its raw score a_i moves all the same, since standardising ties the
 # scores of an image together. A score of 0 does not move: the ReLU of the grouping layer passes no
-# gradient there. If all masked scores of an image are 0, nothing moves. The kept scores get only the
-# sum of the masked patches' gradients. Here their r_i are equal, and so the sum is 0.
+# gradient there. If all masked scores of an image are 0, their r_i are equal, and the gradients to
+# these r_i add up to 0. Then standardising passes nothing on to the kept scores: nothing moves.
 
 
 def refinement_term(a: Tensor, mask: Tensor, error: Tensor) -> Tensor:
@@ -805,9 +807,10 @@ class FaceMAE(nn.Module):
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
         # L_g and the refinement both train the grouping layer, and neither may drown the other. A
-        # score sums c′/N_g channels and is standardised. So the refinement's gradient to each of
-        # them shrinks, where they are alike by N_g/c′. A group is drawn 1 time in N_g. That makes
-        # 1/c′ on average. L_g's gradient does not shrink. Hence the factor c′.
+        # score sums the c′/N_g channels of a group and is standardised. So the refinement's
+        # gradient to one of them is smaller by N_g/c′, where they are alike. A group is drawn 1
+        # time in N_g. Both together make 1/c′. L_g's gradient does not shrink with c′. Hence the
+        # factor c′.
         # With κ = 0.02 and β = 0.03 both gradients stayed within a factor of three of each other.
         # (The paper's sizes, 60 steps of 16 photographs, one seed.)
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
@@ -876,6 +879,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 class SimFLE(GFLAlone):
     """GFL and FFL; without arguments, of the paper's sizes. (Sec. 3, Fig. 2, Eq. 6)
 
+    `backbone` and `update` are those of `GFLAlone`.
+
     Args:
         gfl: `BYOL`, or a module with its interface (data/baselines.py).
         ffl: a `FaceMAE` for the channels of its backbone.
@@ -904,7 +909,7 @@ class SimFLE(GFLAlone):
 
         # 3.2 What must be seen to guess the rest? The backbone sees I in train mode, as it sees the
         # views: the running statistics of its BatchNorm move by I too. No gradient comes back.
-        # Keep this after the views. In PyTorch 2.8 autocast would otherwise use the weights' bf16
+        # The views must come first. In PyTorch 2.8 autocast would otherwise use the weights' bf16
         # copies that it made under `no_grad`, and the views would not train the backbone's
         # convolutions. (Seen on the CPU.)
         with torch.no_grad():
@@ -917,7 +922,7 @@ class SimFLE(GFLAlone):
         L_d = distillation_loss([z_m] + [self.distil_v(h) for h in hs], self.t)
 
         # Eq. 6. Departure 17: as L_g is Eq. 2 divided by c′, our β = 0.03 corresponds to 0.03/c′ in
-        # the paper. As L_d is t² times Eq. 5, α = 0.3 corresponds to 0.3 t² = 4.8.
+        # the paper. As L_d is t² times Eq. 5 (departure 7), α = 0.3 corresponds to 0.3 t² = 4.8.
         loss = L_s + L_r + self.alpha * L_d + self.beta * L_g
         return report(loss, L_s=L_s, L_r=L_r, L_d=L_d, L_g=L_g, spread=spread(z1), **logged)
 
@@ -1073,7 +1078,8 @@ def find_pictures(folder: Path) -> list[str]:
 
 
 def read_picture(path: str) -> Tensor:
-    """Decodes any picture that Pillow reads, upright, to RGB, (3, H, W) uint8. (Departure 12)
+    """Decodes any picture that Pillow reads, upright, to RGB, (3, H, W) uint8. (Departure 12:
+    AffectNet has .bmp and .tif too.)
 
     In deep and floating-point grey, white is the next of 1, 255, 4,095 and 65,535 above the largest
     value."""
@@ -1090,7 +1096,8 @@ def read_picture(path: str) -> Tensor:
 
 
 def resize(x: Tensor, size: int) -> Tensor:
-    """(3, H, W) uint8 -> (3, size, size), a square whatever the picture's shape. (Departure 6)"""
+    """(3, H, W) uint8 -> (3, size, size), a square whatever the picture's shape. (Departure 6: so
+    nothing of a face is cut off.)"""
     return F.interpolate(x[None], size=(size, size), mode="bilinear", antialias=True)[0]
 
 
@@ -1836,7 +1843,7 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
     batches = Batches(len(faces), batch, s.seed, world, partial, weights)
     batches.last = s.steps or s.epochs * batches.per_epoch
 
-    def learning_rate(i: int) -> float:  # departure 5: by steps
+    def learning_rate(i: int) -> float:  # departure 5: by steps, since short runs have few epochs
         factor = 0.5 * (1 + math.cos(math.pi * i / batches.last)) if cosine else 1.0
         return s.lr * batch / 256 * factor  # ours: in proportion to the batch
 
@@ -1929,8 +1936,8 @@ def labelled_pictures(folder: Path) -> tuple[list[str], list[str], list[int]]:
 
 
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
-    """The images that keep their labels: the same share of every class, at least one. (Sec. B.2;
-    departure 19)
+    """The images that keep their labels: the same share of every class, at least one, so that none
+    is left out. (Sec. B.2; departure 19)
 
     Args:
         labels: of all images.
@@ -2189,7 +2196,7 @@ def evaluate(s: Settings, world: World) -> dict:
         net.fc = head.to(world.device)
     faces = Faces(val_paths, image_size=s.view_size, labels=val_labels)
     logits, truth = outputs_of(s, world, net.eval(), faces, colours)
-    # Departure 16: after the last epoch, not the best on the test pictures.
+    # Departure 16: after the last epoch. The best one would be chosen on the test pictures.
     result = summary(logits.argmax(dim=1), truth, classes) | dict(
         protocol=s.eval, settings=asdict(s), start=start, pretraining=run_settings(s.name))
 
@@ -2219,7 +2226,7 @@ def train_classifier(s: Settings, world: World, net: nn.Module, faces: Faces, co
         weights: of the images, used with --oversample.
         start: what the net's weights are known by."""
     frozen = s.eval == "linear"
-    net.train(not frozen)  # departure 20: BatchNorm in train mode wherever all is trained
+    net.train(not frozen)  # departure 20: where all is trained, BatchNorm adapts to the pictures
     t = set_up(s, world, net, net.fc if frozen else net, faces, path, partial=True,
                weights=weights if s.oversample else None, cosine=not frozen, colours=colours,
                start=start, protocol=(s.eval, s.labels, s.oversample))
