@@ -430,17 +430,18 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of one group alike, channels of different groups unlike. (Sec. 3.2, Eq. 2)
 
     Each of 2,048 channels has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
-    pairs alike. So it mostly asks for unlike channels. Still it groups. Mean D² in the demo's log,
-    at step 20 and over the last 100 of 1,000 steps (a small net with 256 channels in 32 groups,
-    seeds 0, 1, 2):
+    pairs alike. So it mostly asks for unlike channels. Still those of a group grow alike. Mean D²
+    in the demo's log, at step 20 and over the last 100 of 1,000 steps (a small net with 256
+    channels in 32 groups, seeds 0, 1, 2):
 
         between groups    0.13, 0.12, 0.13  →  0.05, 0.06, 0.06
         within groups     0.14, 0.14, 0.15  →  0.77, 0.49, 0.59
 
-    Departure 2. Authors average each pair's cosine over the batch. Their loss is the squared
-    distance of these c′ × c′ means to a matrix with ones inside the groups and zeros elsewhere.
-    Ours is Eq. 2, divided by c′. With that L_g's gradient to one channel does not grow with c′. So
-    one β serves nets of all widths. (In the gradient, `unit` takes norms below 0.1 for 0.1.)
+    Departure 2. Authors average each pair's cosine over the batch. Their loss is, but for a factor,
+    the fourth power of the distance of these c′ × c′ means to a matrix with ones inside the groups
+    and zeros elsewhere. Ours is Eq. 2, divided by c′. With that L_g's gradient to one channel does
+    not grow with c′. So one β serves nets of all widths. (Channels that are almost 0 have a bounded
+    gradient: see `unit`.)
 
     Args:
         C: grouped channels (B, c′, h′, w′); channel k is in group k // (c′/N_g).
@@ -472,8 +473,8 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 # ===== 3.2 Semantic masking =====
 # MAE masks patches at random. Here a channel group decides. Its 64 channels are summed to one score
 # map, and the patches with the lowest scores are masked. So what the group responds to stays
-# visible. Each image draws a group of its own in every step. (Our reading: the paper does not say
-# whether an image or a batch draws.)
+# visible. Each image draws a group of its own in every step. (The paper does not say whether an
+# image or a batch draws. Authors: an image.)
 #
 # The 49 scores are interpolated from the score map's 4 × 4 = 16 values. Neighbouring patches have
 # similar scores. So a mask is made of coherent regions. (Chance decides between equal scores, such
@@ -807,9 +808,9 @@ class FaceMAE(nn.Module):
         # Eq. 4. Paper: "We compute the loss only for the N_m masked patches" (mask is 1 there).
         L_r = (error * mask).sum() / mask.sum()
         # L_g and the refinement both train the grouping layer, and neither may drown the other. A
-        # score sums the c′/N_g channels of a group and is standardised. So the refinement's
-        # gradient to one of them is smaller by N_g/c′, where they are alike. A group is drawn 1
-        # time in N_g. Both together make 1/c′. L_g's gradient does not shrink with c′. Hence the
+        # score sums the c′/N_g channels of a group and is standardised. Where these channels are
+        # alike, one of them gets N_g/c′ of the gradient that it would get alone. A group is drawn
+        # 1 time in N_g. Both together make 1/c′. L_g's gradient does not shrink with c′. Hence the
         # factor c′.
         # With κ = 0.02 and β = 0.03 both gradients stayed within a factor of three of each other.
         # (The paper's sizes, 60 steps of 16 photographs, one seed.)
@@ -864,8 +865,8 @@ def distillation_loss(zs: list[Tensor], t: float = 4.0) -> Tensor:
 #     L_d   yes        –                      –                yes       –         yes
 #     L_g   –          –                      yes              –         –         –
 #
-# The log of a run that learns, its first step and the mean of its last ten. (ResNet-50, 13,292
-# photographs, batch 16, 60 steps, learning rate from 0.003 to 0, seed 0, fp32.)
+# The log of a run that learns, its first step and the mean of its last ten. (ResNet-50, photographs
+# of muxspace, batch 16, 60 steps, learning rate from 0.003 to 0, seed 0, fp32.)
 #
 #               L_s     L_r     L_d      L_g    spread
 #     step 1    3.79    1.77    0.131    287    0.047
@@ -1434,8 +1435,8 @@ def has_bf16(world: World) -> bool:
 
 
 def mixed_precision(world: World):
-    """Autocast to bf16 where the GPU has it, else fp32. (Departure 13) Part I leaves it where fp32
-    is needed."""
+    """Autocast to bf16 where the GPU has it, else fp32. (Departure 13: it needs less memory, see
+    the README.) Part I leaves it where fp32 is needed."""
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=has_bf16(world))
 
 
@@ -1845,7 +1846,7 @@ def set_up(s: Settings, world: World, model: nn.Module, trained: nn.Module, face
 
     def learning_rate(i: int) -> float:  # departure 5: by steps, since short runs have few epochs
         factor = 0.5 * (1 + math.cos(math.pi * i / batches.last)) if cosine else 1.0
-        return s.lr * batch / 256 * factor  # ours: in proportion to the batch
+        return s.lr * batch / 256 * factor  # authors: in proportion to the batch
 
     model.to(world.device, memory_format=torch.channels_last)
     parameters = [p for p in trained.parameters() if p.requires_grad]

@@ -69,8 +69,9 @@ class SimSiam(nn.Module):
     """GFL by SimSiam (Chen and He, 2021). (Table 4)
 
     A prediction aims at the online stream's own projection of the other view, as a constant.
-    Departure 22: the predictor's learning rate falls with the others. (SimSiam: constant.) On
-    several ranks BatchNorm is local (departure 11). (SimSiam: synchronised.)
+    Departure 22: the predictor's learning rate falls with the others, since `fit` has one for all.
+    (SimSiam: constant.) On several ranks BatchNorm is local (departure 11). (SimSiam:
+    synchronised.)
 
     Args:
         backbone: the `Backbone` that is trained.
