@@ -1489,7 +1489,8 @@ def told_of(path: Path):
         yield
     except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into the latter
         raise UserError(f"{path} could not be written ({error}); what stood there before is "
-                        f"intact: make room, and repeat the command (without --fresh).") from None
+                        f"intact: make room or mend that, and repeat the command (without "
+                        f"--fresh).") from None
 
 
 def write_whole(path: Path, write) -> None:
@@ -2113,7 +2114,7 @@ def summary(guess: Tensor, labels: Tensor, classes: list[str]) -> dict:
         confusion, how many pictures of class i (row) were taken for class j."""
     K = len(classes)
     confusion = torch.bincount(labels * K + guess, minlength=K**2).cpu().reshape(K, K)
-    per_class = 100 * confusion.diag() / confusion.sum(dim=1).clamp(min=1)
+    per_class = 100 * confusion.diag().double() / confusion.sum(dim=1).clamp(min=1)
     return dict(accuracy=100 * (guess == labels).double().mean().item(),
                 mean_accuracy=per_class.mean().item(), images=len(labels),
                 per_class=dict(zip(classes, per_class.tolist())), confusion=confusion.tolist())

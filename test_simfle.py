@@ -1678,7 +1678,7 @@ def test_the_probe_tells_what_it_cannot_measure(trained, probed, monkeypatch):
     for args in (["--seed", 1], ["--init", "random", "--seed", 10**20], ["--workers", "-2"]):
         assert "probe: --" in probed(*args, code=2)
     assert "there is no dataset nowhere" in probed("--data", "nowhere", code=2)
-    assert "there is no run nobody" in probed(name="nobody", code=2)
+    assert "runs/nobody/settings.json is missing" in probed(name="nobody", code=2)
     stored = S.run_settings("alone") | {"queue": 1024}  # a setting that is no more
     (trained / "runs/older").mkdir()
     (trained / "runs/older/settings.json").write_text(json.dumps(stored))
@@ -2304,7 +2304,7 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
     (tmp_path / "two/mine.png").touch()
     assert draw("one", 0, said=None) == one and draw("two", 1, said="anew") == other | {
         "mine.png": b""}
-    (tmp_path / "one/drawn.txt").unlink()  # by an older version, or with who knows what
+    (tmp_path / "one/drawn.txt").write_text("by an older version")
     assert draw("one", 0, said="anew") == one
     (tmp_path / "one/val/7_contempt/00007.png").unlink()  # interrupted, or removed
     shutil.rmtree(tmp_path / "one/train")
@@ -2313,6 +2313,34 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
     assert {k.split("/")[1] for k in one if k.startswith("train")} == {
         "0_neutral", "1_happiness", "2_sadness", "3_surprise", "4_fear", "5_disgust", "6_anger",
         "7_contempt"}
+
+
+def test_toy_tells_in_one_sentence_what_it_cannot_do_and_leaves_what_others_drew(tmp_path):
+    mine = put(tmp_path / "mine/train/0_neutral/20240101.png")
+    before = mine.read_bytes()
+    for options, words in ((["--out", mine], "toy: "), (["--size", "0"], "--size must be at least"),
+                           (["--val", "-5"], "--train and --val at least 0"),
+                           (["--out", tmp_path / "mine"], "mine holds what was not drawn here;")):
+        done = subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / "new",
+                               "--train", "8", "--val", "8", *options], capture_output=True,
+                              text=True)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert mine.read_bytes() == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_toy_is_stopped_without_a_word(tmp_path, kind, code):
+    toy = subprocess.Popen([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path],
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           start_new_session=True)
+    try:
+        toy.stdout.readline()  # the first 500 are there
+        os.killpg(toy.pid, kind) if kind == signal.SIGINT else toy.terminate()
+        _, error = toy.communicate(timeout=60)
+        assert (toy.returncode, error) == (code, "")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(toy.pid, signal.SIGKILL)
 
 
 def test_a_drawing_process_that_is_killed_does_not_keep_the_others_waiting(tmp_path, monkeypatch):
@@ -2327,8 +2355,8 @@ def test_a_drawing_process_that_is_killed_does_not_keep_the_others_waiting(tmp_p
             raise multiprocessing.TimeoutError
 
     monkeypatch.setattr(Y.multiprocessing, "get_context",
-                        lambda kind: types.SimpleNamespace(Pool=Pool))
-    with pytest.raises(SystemExit, match="has ended or hangs.*the same command goes on"):
+                        lambda kind: types.SimpleNamespace(Pool=lambda *args: Pool()))
+    with pytest.raises(OSError, match="has ended or hangs.*the same command goes on"):
         Y.draw_dataset(tmp_path / "faces", train=1, val=1)
 
 
@@ -3656,9 +3684,9 @@ def test_figures_of_a_run_of_untrained_nets_and_of_loose_pictures(trained, tmp_p
     assert D.main(["colours", "--data", "mine"]) == 0
     assert (folder / "masks.png").read_bytes() == before and (folder / "masks-mine.png").exists()
     assert [Path(path).name for path, _ in sheets["Where"]] == ["0.png", "1.png", "2.png"]
-    for args, words in ((["nobody"], "there is no run nobody with a checkpoint in"),
-                        (["colours", "--compare", "nobody"], "no run nobody"),
-                        (["colours", "--init", "rundom"], "rundom is no classifier; --init is"),
+    for args, words in ((["nobody"], "runs/nobody/settings.json is missing or damaged"),
+                        (["colours", "--compare", "nobody"], "runs/nobody/settings.json is"),
+                        (["colours", "--init", "rundom"], "rundom is missing or no classifier"),
                         (["colours", "--data", "no"], "no dataset no")):
         capsys.readouterr()
         assert D.main(args) == 2
@@ -3702,6 +3730,8 @@ def test_the_benchmark_times_every_part_and_leaves_nothing_behind(toy, tmp_path,
         100 * 12 * shown["arithmetic"] / step / peak, rel=0.05)
     assert B.main(["--data", "nowhere"]) == 2
     assert "benchmark: there is no dataset nowhere" in capsys.readouterr().err
+    monkeypatch.setattr(S, "reduced", lambda *args: S.stop_asked.set())  # SIGTERM, in a step
+    assert B.main(args) == 143 and capsys.readouterr().err == "\nbenchmark: stopped.\n"
 
 
 def test_the_benchmarks_loader_counts_what_was_loaded_under_the_clock(toy, monkeypatch):
@@ -3832,9 +3862,13 @@ def test_affectnet7_is_seven_classes_of_the_same_files(tmp_path):
     out, seven = tmp_path / "affectnet", tmp_path / "affectnet7"
     mine = put(seven / "train/0_neutral/mine.jpg")  # what somebody has put there by hand
     done = prepared("affectnet", "--src", tmp_path / "src", "--out", out)
-    assert done.returncode == 2 and "affectnet7 holds what was not prepared here" in done.stderr
+    assert done.returncode == 2 and "affectnet7 holds other pictures" in done.stderr
     assert mine.exists() and not out.exists()
-    shutil.rmtree(seven)
+    seven.rename(out)  # nor does it leave a trace that simfle.py would take for half a preparation
+    done = prepared("affectnet", "--src", tmp_path / "src", "--out", out)
+    assert done.returncode == 2 and "affectnet holds other pictures" in done.stderr
+    assert S.colours_of(out) == (S.MEAN, S.STD) and [*files(out)] == ["train/0_neutral/mine.jpg"]
+    shutil.rmtree(out)
     assert prepared("affectnet", "--src", tmp_path / "src", "--out", out).returncode == 0
     classes = S.labelled_pictures(out / "train")[0]
     assert S.labelled_pictures(seven / "train")[0] == classes[:-1]

@@ -24,10 +24,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
+def leave_if_told() -> None:
+    """Raises UserError: the program has been told to stop."""
+    if simfle.stop_asked.is_set():
+        raise simfle.UserError("stopped.", code=143)
+
+
 @contextlib.contextmanager
 def timed(seconds: dict[str, list[float]], device: torch.device, name: str):
     """Appends to seconds[name] how long the `with` block takes, the device's work included."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    leave_if_told()
     wait()
     start = time.perf_counter()
     yield
@@ -40,6 +47,7 @@ def loader_rates(s: simfle.Settings, world: simfle.World, faces: simfle.Faces,
     """Yields how many loader workers there are, 1, 2, 4 to all cores, and the images a second that
     they hand over."""
     for workers in sorted({min(2**i, simfle.cores()) for i in range(12)}):
+        leave_if_told()
         loading = iter(simfle.make_loader(replace(s, workers=workers), world, faces, batches))
         images, spent = 0, 0.0
         list(islice(loading, 2 * workers))  # what may stand ready before the clock starts

@@ -227,7 +227,8 @@ def classifier(path: Path):
     classes they are taken for, attention for those (B, 112, 112). Raises UserError."""
     saved = simfle.load_file(path) if path.exists() else {}
     if not saved.keys() >= {"classes", "size", "arch", "mean", "std", "model"}:
-        raise simfle.UserError(f"{path} is no classifier; --init is random or one of --eval.")
+        raise simfle.UserError(f"{path} is missing or no classifier; --init is random or "
+                               f"one of --eval.")
     net = simfle.RESNETS[saved["arch"]]().eval()
     net.fc = nn.Linear(net.fc.in_features, len(saved["classes"]))
     simfle.load_weights(path, net, saved["model"])
@@ -383,7 +384,8 @@ def draw(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Draws. Returns the exit code, see `simfle.program`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s RUN [options]")
     parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
     parser.add_argument("--compare", nargs="+", default=[], help="other runs (Figs. 1 and 3)")
     parser.add_argument("--init", default="", help="random, or a classifier; default: the run's")

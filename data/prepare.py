@@ -638,7 +638,7 @@ class Journal:
             os.fsync(self.file.fileno())  # a picture on the disk without it could be of any --size
         if was != now:
             raise Problem(f"{out} was prepared from something else ({was.strip() or 'unknown'}, "
-                          f"now {now.strip()}); remove it, or write to another folder with --out.")
+                          f"now {now.strip()}); move it away, or write elsewhere with --out.")
         self.file.write("\n")  # the last line may have been cut off
 
     def count(self, place: str, record: list) -> None:
@@ -827,9 +827,9 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
         if not any(p.split == split for p in plan.pictures.values()):
             raise tree.missing(f"the pictures of {source}, {split} ({reasons(plan, split)})")
     outs = [out, out.with_name(out.name + "7")] if name == "affectnet" else [out]
-    if any(any(seven.glob("*")) and not (seven / JOURNAL).exists() for seven in outs[1:]):
-        raise Problem(f"{outs[1]} holds what was not prepared here; move that away, or write to "
-                      f"another folder with --out.")
+    for folder in outs:
+        if any((folder / split).exists() for split in SPLITS) and not (folder / JOURNAL).exists():
+            raise Problem(f"{folder} holds other pictures; move it away, or give another --out.")
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out, dict(dataset=name, source=source, size=size))
     with journal.file:

@@ -110,9 +110,8 @@ def settings_of(run: str, **changes) -> simfle.Settings:
                                f"anew, under another --name.")
     if not stored:
         there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
-        raise simfle.UserError(f"there is no run {run} with a checkpoint in {Path.cwd()}/runs, "
-                               f"which has {there or 'none'}: choose one of these, or pre-train "
-                               f"one.")
+        raise simfle.UserError(f"runs/{run}/settings.json is missing or damaged; {Path.cwd()}/runs "
+                               f"has those of {there or 'no run'}: choose one, or pre-train.")
     return simfle.checked(simfle.Settings(**stored | {"name": run} | changes))
 
 
@@ -161,7 +160,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints one line of JSON. Returns the exit code, see `simfle.program`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="%(prog)s RUN [options]")
     parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
     parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
     what = parser.add_mutually_exclusive_group()

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -255,10 +256,13 @@ def draw_files(jobs: list[tuple[Path, str, int, int, int]]) -> None:
 def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
     """Draws what is missing of out/{train,val}/<k_class>/<number>.png, the classes in turn.
 
-    Faces that were drawn otherwise, by other arguments or an older version of this file, go
-    first."""
+    Faces that were drawn otherwise, by other arguments or an older version of this file, go first.
+    Raises OSError: a file cannot be written, pictures there were not drawn by this program, or a
+    process that draws has ended."""
     told, wanted = Path(out, "drawn.txt"), f"{train} + {val} faces, {size} pixels, seed {seed}, "
     wanted += f"version {VERSION}\n"
+    if not told.exists() and any(Path(out).glob("*/*/*")):
+        raise OSError(f"{out} holds what was not drawn here; give another --out, or move it away")
     if not (told.exists() and told.read_text().startswith(wanted)):
         old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????*.png")
                if path.stem.isdigit()]
@@ -275,14 +279,15 @@ def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
     jobs = [job for job in places if not job[0].exists()]
     if not jobs:
         return
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: this process ends the others
+    with multiprocessing.get_context("spawn").Pool(None, signal.signal, ignore) as pool:
         drawn = pool.imap_unordered(draw_files, [jobs[i:i + 50] for i in range(0, len(jobs), 50)])
         for done in [*range(50, len(jobs), 50), len(jobs)]:
             try:
                 drawn.next(PATIENCE)
             except multiprocessing.TimeoutError:  # a pool waits for a process that was killed
-                sys.exit("toy: a process that draws has ended or hangs, such as for want of "
-                         "memory; the same command goes on.")
+                raise OSError("a process that draws has ended or hangs, such as for want of "
+                              "memory; the same command goes on") from None
             if done % 500 == 0 or done == len(jobs):
                 print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
 
@@ -294,4 +299,14 @@ if __name__ == "__main__":
     parser.add_argument("--val", type=int, default=1600, help="pictures to test on")
     parser.add_argument("--size", type=int, default=96, help="pixels a side")
     parser.add_argument("--seed", type=int, default=0)
-    draw_dataset(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    if args.size < 8 or min(args.train, args.val) < 0:
+        parser.error("--size must be at least 8, --train and --val at least 0.")
+    signal.signal(signal.SIGTERM, lambda *signal: sys.exit(143))  # by way of the pool's end
+    try:
+        draw_dataset(**vars(args))
+    except OSError as error:
+        print(f"toy: {error}.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
