@@ -430,7 +430,7 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Channels of one group alike, channels of different groups unlike. (Sec. 3.2, Eq. 2)
 
     Each of 2,048 channels has 63 partners in its group and 1,984 strangers, and Eq. 2 weighs all
-    pairs alike. So it mostly asks for unlike channels. Still those of a group grow alike. Mean D²
+    pairs alike. So it mostly asks for unlike channels. Still those of a group become alike. Mean D²
     in the demo's log, at step 20 and over the last 100 of 1,000 steps (a small net with 256
     channels in 32 groups, seeds 0, 1, 2):
 

@@ -2318,7 +2318,8 @@ def test_toy_faces_are_the_same_for_the_same_seed_and_others_for_another(tmp_pat
 def test_toy_tells_in_one_sentence_what_it_cannot_do_and_leaves_what_others_drew(tmp_path):
     mine = put(tmp_path / "mine/train/0_neutral/20240101.png")
     before = mine.read_bytes()
-    for options, words in ((["--out", mine], "toy: "), (["--size", "0"], "--size must be at least"),
+    for options, words in ((["--out", mine], "neutral/20240101.png'; mend that, and start"),
+                           (["--size", "0"], "--size must be at least 8"),
                            (["--val", "-5"], "--train and --val at least 0"),
                            (["--out", tmp_path / "mine"], "mine holds what was not drawn here;")):
         done = subprocess.run([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path / "new",
@@ -2332,7 +2333,8 @@ def test_toy_tells_in_one_sentence_what_it_cannot_do_and_leaves_what_others_drew
 def test_toy_is_stopped_without_a_word(tmp_path, kind, code):
     toy = subprocess.Popen([sys.executable, HERE / "data" / "toy.py", "--out", tmp_path],
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True)
+                           start_new_session=True,  # and Ctrl-C as in a terminal, not after `&`
+                           preexec_fn=lambda: signal.signal(kind, signal.SIG_DFL))
     try:
         toy.stdout.readline()  # the first 500 are there
         os.killpg(toy.pid, kind) if kind == signal.SIGINT else toy.terminate()

@@ -302,11 +302,12 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.size < 8 or min(args.train, args.val) < 0:
         parser.error("--size must be at least 8, --train and --val at least 0.")
-    signal.signal(signal.SIGTERM, lambda *signal: sys.exit(143))  # by way of the pool's end
+    signal.signal(signal.SIGTERM, lambda *args: sys.exit(143))  # by way of the pool's end
     try:
         draw_dataset(**vars(args))
     except OSError as error:
-        print(f"toy: {error}.", file=sys.stderr)
+        resume = "; mend that, and start the same command again" if error.errno else ""
+        print(f"toy: {error}{resume}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
