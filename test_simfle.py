@@ -2462,11 +2462,12 @@ def resumes_equal(step, toy, cwd, whole, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("where, when, step", [
-    ("step", 4, 2), ("write", 4, 2), ("replace", 7, 2)] + [
+    ("replace", 7, 2)] + [
     pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("step", 1, 0), ("step", 3, 2), ("step", 6, 4), ("step", 10, 8), ("write", 1, 0),
-        ("write", 2, 0), ("write", 3, 2), ("write", 10, 8), ("replace", 1, 0), ("replace", 2, 0),
-        ("replace", 3, 0), ("replace", 4, 0), ("replace", 5, 2), ("replace", 6, 2))])
+        ("step", 1, 0), ("step", 3, 2), ("step", 4, 2), ("step", 6, 4), ("step", 10, 8),
+        ("write", 1, 0), ("write", 2, 0), ("write", 3, 2), ("write", 4, 2), ("write", 10, 8),
+        ("replace", 1, 0), ("replace", 2, 0), ("replace", 3, 0), ("replace", 4, 0),
+        ("replace", 5, 2), ("replace", 6, 2))])
 def test_a_killed_run_resumes_and_ends_bit_equal(where, when, step, toy, tmp_path, monkeypatch,
                                                  capsys, request, uninterrupted):
     not_unless_slow(request)
