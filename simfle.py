@@ -17,8 +17,8 @@ paper's, except where the text says "ours" or names a departure by its number.
     python simfle.py --data affectnet --eval                       linear evaluation of that run
 
 `--data NAME` is a folder, or the folder of that name in data/. Results go to runs/NAME/ (`--name`
-gives another name). checkpoint.pt holds all that is needed: the same command resumes from it.
-backbone.pt is a torchvision state dict without `fc`. log.jsonl is the log.
+gives another name). There checkpoint.pt holds all that is needed: the same command resumes from it.
+Beside it, backbone.pt is a torchvision state dict without `fc`, and log.jsonl the log.
 
 One step, with B images (sg: no gradient)
 
@@ -51,11 +51,11 @@ Letters
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
 
-MAE is the masked autoencoder of He et al. (2022), ViT the transformer for images that it uses, and
-DDP PyTorch's DistributedDataParallel. "Authors:" stands before what the public code of the paper's
-authors does. Departures from the paper and from that code are numbered at their line; the README
-has the table. The paper's accuracies have not been reproduced: that takes AffectNet and GPUs.
-Nothing has run on a GPU yet.
+MAE is the masked autoencoder of He et al. (2022). ViT is the transformer for images that it uses.
+DDP is PyTorch's DistributedDataParallel. "Authors:" stands before what the public code of the
+paper's authors does. Departures from the paper and from that code are numbered at their line; the
+README has the table. The paper's accuracies have not been reproduced: that takes AffectNet and
+GPUs. Nothing has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -533,9 +533,9 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
     Paper: "the patches are masked in ascending order". Departure 21: between equal scores chance
     decides. Authors: the order in which their sort leaves them. Many scores are 0, since a group
-    finds nothing in much of a face. In 26 % of the masks fewer than 12 patches scored above 0.
-    (Photographs, --preset laptop --steps 2000, seed 0, after training.) Of equal ones a stable sort
-    alone would keep those that are nearest to the top left.
+    finds nothing in much of a face. Measured on photographs (--preset laptop --steps 2000, seed 0,
+    after training): in 26 % of the masks fewer than 12 patches scored above 0. Of equal ones a
+    stable sort alone would keep those that are nearest to the top left.
 
     Args:
         a: scores (B, N_p), N_p ≥ 2.
@@ -566,8 +566,7 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 #     r = the scores standardised per image,    soft_i = sigmoid(r_thr − r_i)
 #
 # r_thr is the lowest standardised score among the kept patches, detached. soft_i is ½ where r_i is
-# r_thr, and comes nearer to 1 the lower r_i is. A term of value 0 is added to L_r. For one image it
-# is
+# r_thr, and comes nearer to 1 the lower r_i is. A term of value 0 is added to L_r, for one image
 #
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − soft_i.detach())
 #
@@ -1912,9 +1911,9 @@ def pretrain(s: Settings, world: World) -> None:
 # ================================ Part III: evaluation ================================
 # Supplement B. Only the backbone is left, a torchvision ResNet, with a linear layer on top.
 #
-#     linear      B.1        trains the layer alone; backbone and BatchNorm statistics are frozen
-#     semi        B.2        trains everything, on a share of the labels
-#     finetune    B.3, B.4   trains everything; starts from a linear result
+#     linear      B.1        It trains the layer alone. All else is frozen, BatchNorm too.
+#     semi        B.2        It trains everything, on a share of the labels.
+#     finetune    B.3, B.4   It trains everything, and starts from a linear result.
 #
 # Fine-tuning needs a head for the same classes. So the seven classes of RAF-DB and SFEW start from
 # a linear result on AffectNet-7, given by --init (B.4). The preset laptop's linear protocol is our
