@@ -33,7 +33,7 @@ One step, with B images (sg: no gradient)
     tokens = encoder(class token, the 12 kept patches)     (B, 13, 768)
     L_r = mean squared error of decoder(tokens) on the masked patches
         + 0.02 · 2048 · refinement(a, errors)              its value is 0; its gradient moves a
-    z_m, z_v1, z_v2 = distil_m(mean of the 12 patches' tokens), distil_v(h1), distil_v(h2)
+    z_m, z_v1, z_v2 = distil_m(mean of the patches' tokens), distil_v(h1), distil_v(h2)   (B, 256)
     z̄ = sg(mean of z_m, z_v1, z_v2);  L_d = t² · sum of KL(softmax(z̄/t) ‖ softmax(z_i/t))
     (L_s + L_r + 0.3 L_d + 0.03 L_g).backward(); optimizer.step()
     target = 0.99 target + 0.01 online                     without the predictor
