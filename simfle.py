@@ -16,7 +16,8 @@ letters are the paper's, except where the text says "ours" or numbers a departur
 
 `--data` is a folder of pictures, or its name in data/. Results go to runs/affectnet/, or to that of
 `--name`: backbone.pt, a torchvision state dict without `fc`; checkpoint.pt, from which the same
-command resumes; settings.json; and log.jsonl, the losses.
+command resumes; settings.json; log.jsonl, every 20th step's losses. `--eval` adds a classifier,
+linear-affectnet.pt, and its accuracy, linear-affectnet.json.
 
 One step, with B images (sg: no gradient)
 
@@ -50,9 +51,8 @@ Letters
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
 
-"Authors:" says what the public code of the paper's authors does. The README lists all departures.
-The paper's accuracies have not been reproduced, which takes AffectNet and GPUs. Nothing has run on
-a GPU yet. data/RESULTS.md has what was measured.
+"Authors:" says what their public code does. Departures part from the paper or from it; the README
+has the list. Accuracies have not been reproduced, and nothing has run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def mlp(inputs: int, hidden: int = 4096, outputs: int = 256) -> nn.Sequential:
 
 
 def make_backbone(resnet: nn.Module) -> nn.Sequential:
-    """A torchvision ResNet without pooling and `fc`: (B, 3, 224, 224) -> map (B, 2048, 7, 7), or
-    4 × 4 of 112 pixels. Its state dict is torchvision's, without `fc.*`. (Fig. 2)"""
+    """A torchvision ResNet without pooling and `fc`: (B, 3, 224, 224) -> map (B, 2048, 7, 7), of
+    112 pixels 4 × 4. Its state dict is torchvision's, without `fc.*`. (Fig. 2)"""
     backbone = nn.Sequential(OrderedDict([*resnet.named_children()][:-2]))
     backbone.channels = resnet.fc.in_features  # c′ = 2048
     return backbone
@@ -212,7 +212,7 @@ class BYOL(nn.Module):
         self.tau = tau
         self.online = Stream(backbone, mlp(backbone.channels, hidden, outputs))
         self.predictor = mlp(outputs, hidden, outputs)
-        # It is in train mode too, so its running BatchNorm statistics are never used.
+        # The target is in train mode too, so its running BatchNorm statistics are never used.
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, v1: Tensor, v2: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -221,7 +221,7 @@ class BYOL(nn.Module):
         z2, h2 = self.online(v2)
         with torch.no_grad():
             target1, target2 = self.target(v1)[0], self.target(v2)[0]
-        # Paper: "The same process can be done again by swapping the positions of v1 and v2."
+        # Paper: "done again by swapping the positions of v1 and v2". The two are added.
         L_s = (similarity_loss(self.predictor(z1), target2)
                + similarity_loss(self.predictor(z2), target1))
         return L_s, [h1, h2], z1
@@ -277,8 +277,8 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     times, in the second 1, ½, ½, 1: together 7. Between the groups it is 0, ½, 0, ½, each twice:
     together 2. Uᵀ U = [2.5 0.5; 0.5 1.5] has squares that sum to 9 = 2 + 7. L_g = (2 − 7)/4.
 
-    Departure 2: divided by c′, so that one β serves nets of all widths; `unit` bounds the gradient.
-    Authors: cosines averaged over the batch, and of these the fourth power of a distance.
+    Departure 2: over c′, so that a channel's gradient does not grow with c′; `unit` bounds it.
+    Authors: (Σ_ij (cosine, mean over the batch, less 1 within or 0 between groups)²)².
 
     Args:
         C: grouped channels (B, c′, h′, w′). Time and memory grow with (h′w′)².
@@ -528,8 +528,8 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Paper: "We compute the loss only for the N_m masked patches".
         L_r = (error * mask).sum() / mask.sum()
-        # A group of c′/N_g channels shares one score, and is drawn 1 time in N_g: a channel gets
-        # 1/c′ of the gradient. That of L_g does not shrink so. Hence the factor c′.
+        # A score sums c′/N_g channels and is standardised: each gets N_g/c′ of the gradient. Its
+        # group is drawn 1 time in N_g. Both make 1/c′, which L_g's has not. Hence the factor c′.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -601,15 +601,15 @@ class SimFLE(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """What is kept in the end."""
-        return self.gfl.online.backbone
+            return self.gfl.online.backbone
 
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor) -> dict[str, Tensor]:
         # 3.1 What is the same in two views?
         L_s, hs, z1 = self.gfl(v1, v2)
 
-        # 3.2 What must be seen to predict the rest? (After the views: PyTorch 2.8's autocast would
-        # else reuse for them the bf16 weights that it makes here, which pass no gradient.)
+        # 3.2 What must be seen to predict the rest? In train mode: BatchNorm's running statistics
+        # move by I too. After the views: PyTorch 2.8's autocast would else reuse for them the bf16
+        # weights that it makes here, which pass no gradient.
         with torch.no_grad():
             X = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -644,8 +644,8 @@ class Stopped(UserError):
 
 
 def seed_of(*key) -> int:
-    """A seed of 32 bits from a key. Every random choice has one, so a checkpoint needs no state of
-    a generator, and the number of loader workers changes nothing."""
+    """A seed of 32 bits from a key. All that training draws has one, so a checkpoint needs no state
+    of a generator, and the number of loader workers changes nothing."""
     return zlib.crc32(repr(key).encode())
 
 
@@ -726,8 +726,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
             out["stop"] = torch.full((), float(len(stop)), device=world.device)
             values = mean_over_ranks(out, world)
             if not math.isfinite(values["loss"] + values["gradient"]):
-                raise UserError(f"loss or gradient of step {i + 1:,} is not finite: the same "
-                                f"command with a lower --lr resumes from the last checkpoint")
+                raise UserError(f"loss or gradient of step {i + 1:,} is not finite, it was not "
+                                f"taken: resume with a lower --lr (an evaluation: --tag too)")
             optimizer.step()
             optimizer.zero_grad()
             if hasattr(model, "update"):
@@ -759,7 +759,7 @@ def mean_over_ranks(out: dict[str, Tensor], world: World) -> dict[str, float | l
 
 
 def report(log: Path, line: dict, speed: str) -> None:
-    """Adds a line to the log and prints it. After a resume a step may stand there twice."""
+    """Logs and prints a line. After a resume a step may stand in the log twice."""
     with open(log, "a") as file:
         file.write(json.dumps(line) + "\n")
     shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
@@ -767,16 +767,16 @@ def report(log: Path, line: dict, speed: str) -> None:
 
 
 # ===== Checkpoints =====
-# Rank 0 alone reads and writes them. On CPUs a run that was killed and resumed ends with the same
-# bits as one that was not. A checkpoint of other settings or pictures is refused.
+# Rank 0 alone reads and writes them. On CPUs, with as many processes, a run that was killed and
+# resumed ends with the same bits as one that was not.
 
-FREE = {"data", "name", "run", "preset", "fresh", "init", "epochs", "steps", "lr", "weight_decay",
+FREE = {"data", "name", "run", "preset", "fresh", "epochs", "steps", "lr", "weight_decay",
         "batch_size", "workers", "save_every", "log_every"}  # may change when a run is resumed
 
 
 def identity(args, faces: Faces, batch: int) -> dict:
     """What must be equal to resume: settings that are not FREE, the real batch, the pictures. In an
-    evaluation rate, length and decay must be too, so that a result is never that of others."""
+    evaluation also rate, length and decay, since its result depends on them."""
     free = FREE - {"epochs", "steps", "lr", "weight_decay"} if args.eval else FREE
     same = {k: v for k, v in vars(args).items() if k not in free}
     return same | {"batch": batch, "pictures": len(faces), "their names and sizes": files_of(faces)}
@@ -792,7 +792,7 @@ def resume(args, world: World, model: nn.Module, optimizer: torch.optim.SGD, sam
            path: Path) -> int:
     """Fills rank 0's model and every rank's momentum buffers. Returns the steps done."""
     parameters = optimizer.param_groups[0]["params"]
-    momentum = [torch.zeros_like(p) for p in parameters]  # SGD starts from the same without
+    momentum = [torch.zeros_like(p) for p in parameters]  # with zeros SGD's first step is the same
     told = [0, ""]  # steps and trouble, from rank 0 to all
     if world.rank == 0 and args.fresh:
         path.unlink(missing_ok=True)
@@ -903,7 +903,8 @@ def find_data(name: str) -> Path:
 
 
 def find_pictures(folder: Path) -> list[str]:
-    """All pictures below a folder, at any depth, sorted."""
+    """All pictures below a folder, at any depth, sorted. (Departure 11: of all torchvision's kinds;
+    AffectNet has .bmp and .tif too. Authors: some.)"""
     files = glob.iglob(f"{glob.escape(str(folder))}/**", recursive=True)
     found = sorted(f for f in files if f.lower().endswith(IMG_EXTENSIONS))
     if not found:
@@ -921,8 +922,7 @@ def colours_of(data: Path, device: torch.device) -> Tensor:
 
 
 def read_picture(path: str) -> Tensor:
-    """Decodes a picture, upright, to RGB: (3, H, W) uint8. (Departure 11: .bmp and .tif too, which
-    AffectNet has. Authors: some kinds.)"""
+    """Decodes a picture, upright, to RGB: (3, H, W) uint8."""
     with Image.open(path) as picture:
         return TF.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
 
@@ -935,7 +935,7 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 class Faces(Dataset):
     """What a step needs of one picture, uint8: `views`, random crops (crops, 3, 224, 224); `image`,
-    the whole (3, 112, 112); `label`. A size or a number of crops of 0 leaves one out. (Sec. 4.1)"""
+    the whole (3, 112, 112); `label`. Size 0 or 0 crops leave one out. (Sec. 4.1)"""
     def __init__(self, paths: list[str], seed: int = 0, image_size: int = 0, view_size: int = 0,
                  crops: int = 0, crop_min: float = 0.08, labels: list[int] | None = None):
         self.paths, self.labels, self.seed, self.image_size = paths, labels, seed, image_size
@@ -998,7 +998,7 @@ def blend(x: Tensor, other: Tensor | float, f: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, f: Tensor) -> Tensor:
-    """Turns the hue, here in sixths of a full circle, by f of one."""
+    """Turns the hue by f of a full circle; `hue` counts sixths of one."""
     value = x.amax(dim=1, keepdim=True)
     chroma = value - x.amin(dim=1, keepdim=True)
     r, g, b = x.split(1, dim=1)
@@ -1123,7 +1123,8 @@ def ignore_signals(worker: int) -> None:
 
 # ================================ Part III: evaluation ================================
 # Trained on pictures in train/CLASS/, tested on val/CLASS/. B.1 trains a linear classifier on the
-# frozen backbone; B.2 all, on a share of the labels; B.3 and B.4 all, from a linear result.
+# frozen backbone, B.2 the whole net on a share of the labels, B.3 and B.4 the whole net from B.1's
+# result. Rates are per 256 images: B.1's is 2.0 for 1024.
 
 PROTOCOLS = {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
              "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
@@ -1165,21 +1166,19 @@ def read_splits(args, data: Path) -> tuple[list[str], Faces, Faces]:
 
 
 def start_classifier(args, init: str | Path, classes: list[str]) -> nn.Module:
-    """A ResNet with a head for these classes: the file's, or a new one (authors: N(0, 0.01))."""
+    """A ResNet with a new head (authors: standard deviation 0.01), or in fine-tuning the file's."""
     torch.manual_seed(args.seed)
     net = make_resnet(args.arch)
     head = nn.Linear(net.fc.in_features, len(classes))
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     saved = load_backbone(net, init, args.arch)
-    net.fc, known = head, saved.get("classes")
-    if args.eval == "finetune" and not known:
-        raise UserError(f"{init} has no classifier, which fine-tuning starts from (B.3): make one "
-                        f"with --eval linear, and give its linear-….pt as --init")
-    if known:
+    net.fc, known = head, saved.get("classes", [])
+    if args.eval == "finetune":
         if sorted(known) != sorted(classes):
-            raise UserError(f"{init} has the classes {', '.join(known)}, {args.data} has "
-                            f"{', '.join(classes)}: both must have the same")
+            raise UserError(f"fine-tuning starts from a linear result (B.3) with the classes "
+                            f"{', '.join(classes)}, but {init} has {', '.join(known) or 'none'}: "
+                            f"make one with --eval linear, and give its .pt as --init")
         order = [known.index(c) for c in classes]
         head.load_state_dict({k: saved["model"][f"fc.{k}"][order] for k in ("weight", "bias")})
     return net
@@ -1219,7 +1218,8 @@ def evaluate(args, world: World) -> dict:
     per_class = 100 * confusion.diag() / confusion.sum(dim=1)
     result = dict(accuracy=100 * (confusion.trace() / confusion.sum()).item(),
                   mean_accuracy=per_class.mean().item(), classes=classes,
-                  per_class=per_class.tolist(), confusion=confusion.tolist(), settings=vars(args))
+                  per_class=per_class.tolist(), confusion=confusion.tolist(), settings=vars(args),
+                  start=start)
     if world.rank == 0:
         state = {k: v.cpu() for k, v in net.state_dict().items()}
         save_whole(folder / f"{name}.pt", dict(model=state, classes=classes, arch=args.arch,
@@ -1247,7 +1247,7 @@ def test(args, world: World, net: nn.Module, faces: Faces, colours: Tensor, clas
         confusion += torch.bincount(cell, minlength=classes**2)
     if world.size > 1:
         dist.all_reduce(confusion)
-    return confusion.cpu().reshape(classes, classes)
+    return confusion.cpu().double().reshape(classes, classes)
 
 
 # ================================ Settings and main ================================
@@ -1256,7 +1256,7 @@ def test(args, world: World, net: nn.Module, faces: Faces, colours: Tensor, clas
 def build_simfle(args) -> SimFLE:
     """The model that the settings describe."""
     resnet = make_resnet(args.arch)
-    backbone = make_backbone(resnet)
+    backbone = make_backbone(resnet)  # first: the next line takes `fc` off
     load_backbone(resnet, args.init or "random", args.arch)
     gfl = BYOL(backbone, args.hidden, args.outputs, args.tau)
     ffl = FaceMAE(backbone.channels, args.groups, args.mask_ratio, args.kappa, args.ffl_size,

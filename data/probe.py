@@ -1,180 +1,220 @@
-"""Measures what claims are checked with: a converged linear probe, and the refinement.
+"""Two measurements of a pre-training: a converged linear probe, and the refinement. (ours)
 
-    python data/probe.py RUN                     what a linear classifier reads from RUN's backbone
-    python data/probe.py RUN --init random       the same of an untrained net
-    python data/probe.py RUN --init pixels       the same of the pictures at 16 × 16 pixels
-    python data/probe.py RUN --init FILE         the same of a backbone.pt or of a classifier
-    python data/probe.py RUN --refinement        whether RUN's masking keeps what is hard to guess
-    python data/probe.py RUN --refinement OTHER  whether OTHER's masking keeps what is hard for RUN
+    python data/probe.py RUN                        a linear classifier on RUN's backbone
+    python data/probe.py RUN --init random          the same on an untrained net
+    python data/probe.py RUN --init pixels          the same on the pictures, at 16 × 16 pixels
+    python data/probe.py RUN --init FILE            the same on another backbone.pt or classifier
+    python data/probe.py RUN --refinement [OTHER]   does RUN's (OTHER's) masking keep hard patches?
 
-The probe is multinomial logistic regression (`simfle.converged_head`). It sees whole pictures,
-without augmentation, through the frozen backbone in eval mode. It reads train/CLASS/ and val/CLASS/
-of --data, by default of the run's data. RUN is a pre-training: from it come net, sizes and data,
-for pixels and for an untrained net too. The last line that is printed is JSON.
+The probe fits multinomial logistic regression to whole pictures' features, until it converges. The
+backbone is frozen, in eval mode. RUN, the --name of a pre-training, gives net, sizes and data. Its
+result has the form of `simfle.py --eval`'s: runs/RUN/probe-DATA.json and .pt. `--init` adds to the
+name: -random (-random-SEED, if not RUN's seed), -pixels (without .pt), or -FOLDER-FILE.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
-import time
+import traceback
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import baselines  # noqa: F401  (their runs can be measured too)
 import simfle
 
-
-def load_net(init: str, s: simfle.Settings, world: simfle.World) -> nn.Module:
-    """The ResNet whose pooled features are probed, without `fc` and in eval mode. Raises UserError.
-
-    An untrained net has the BatchNorm statistics that it starts with: mean 0 and variance 1, as in
-    `simfle.py --eval --init random`. (With those of the pictures it is a weaker baseline.)"""
-    if init == "pixels":
-        return nn.Flatten()
-    torch.manual_seed(s.seed)
-    net = simfle.RESNETS[s.arch]().to(world.device, memory_format=torch.channels_last)
-    net.fc = nn.Identity()
-    if init != "random":
-        path = init or Path("runs", s.name, "backbone.pt")
-        simfle.load_weights(path, net, simfle.load_start(path, s.arch)["model"])
-    return net.eval()
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
-def probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: list[str]) -> dict:
-    """Fits on `train` and tests on `val`, each features (N, c′) and labels (N,). Returns accuracy,
-    mean_accuracy (of the classes) and per_class, in percent."""
-    weight, bias = simfle.converged_head(*train, torch.ones(len(classes), device=train[0].device))
-    guess = (val[0].double() @ weight.T + bias).argmax(dim=1)
-    result = simfle.summary(guess, val[1], classes)
-    return {k: result[k] for k in ("accuracy", "mean_accuracy", "per_class")}
+def converged_head(x: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression: features (N, c′) and labels (N,) -> weights (classes, c′)
+    and bias (classes,), float64, for the features as they are.
 
+    Features are standardised. L-BFGS minimises mean cross-entropy + 0.0005 ‖W‖², without the bias
+    in ‖W‖, until no entry of the gradient is above 1e-5."""
+    x = x.double()
+    mean, std = x.mean(dim=0), x.std(dim=0)
+    std = std.clamp(min=1e-4 * std.mean().item() + 1e-12)  # some features may be constant
+    x = F.pad((x - mean) / std, (0, 1), value=1.0)  # the last column of W is the bias
+    W = x.new_zeros(classes, x.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([W], max_iter=5000, tolerance_grad=1e-5, tolerance_change=0,
+                                  history_size=20, line_search_fn="strong_wolfe")
 
-def correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's, over the last dimension; 0 where one of them is constant. (ours)"""
-    x, y = x - x.mean(dim=-1, keepdim=True), y - y.mean(dim=-1, keepdim=True)
-    return (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1)).clamp(min=1e-12)
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ W.T, y) + 0.0005 * W[:, :-1].square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    W = W.detach()
+    return W[:, :-1] / std, W[:, -1] - W[:, :-1] @ (mean / std)
 
 
 @torch.no_grad()
-def measure_refinement(model: simfle.SimFLE, images: Tensor, rounds: int = 4,
-                       other: simfle.SimFLE | None = None) -> dict:
-    """Does the masking keep what is hard to reconstruct? (Sec. 3.2, Fig. 3)
+def outputs_of(args, world, net: nn.Module, faces: simfle.Faces, colours: Tensor) -> Tensor:
+    """What a net returns for whole pictures: (N, ...)."""
+    loader = DataLoader(faces, batch_size=256, sampler=[(0, i) for i in range(len(faces))],
+                        num_workers=args.workers, worker_init_fn=simfle.ignore_signals)
+    return torch.cat([net(simfle.normalise(batch["image"].to(world.device), colours))
+                      for batch in loader])
 
-    images: (N, 3, 112, 112), normalised, held out, on the model's device. `error_map`: the error of
-    every patch where a random mask hides it; `keep_map`: the share of the groups that keep it;
-    (49,) each, means over the images. `positions` correlates these maps, `within_image` each
-    image's own two, on average. With random masking, `keep_map` is what the scores would keep.
-    `other`: the model whose masking is asked, by default the same. Both are in eval mode."""
-    asked, draw = other or model, simfle.generator_of("measure")
-    masking, ratio = asked.ffl.masking, model.ffl.masking.ratio
-    errors, keeps = [], []
+
+def probe(args, world: simfle.World) -> None:
+    """Fits a head on train/, tests it on val/, writes the result and prints it."""
+    data, pixels, what = simfle.find_data(args.data), args.init == "pixels", args.init
+    args.eval, args.arch, args.crop_min = "probe", args.run["arch"], args.run["crop_min"]
+    args.view_size = 16 if pixels else args.run["view_size"]
+    if what == "random" and args.seed != args.run["seed"]:
+        what = f"random-{args.seed}"
+    elif what not in ("", "random", "pixels", "imagenet"):
+        file = Path(what).absolute()
+        what, args.init = f"{file.parent.name}-{file.stem}", str(file)
+    classes, train, val = simfle.read_splits(args, data)
+    train = simfle.Faces(train.paths, image_size=args.view_size, labels=train.labels)  # no crops
+    args.pictures, args.test_pictures = simfle.files_of(train), simfle.files_of(val)
+    path = result_path(args, "probe", os.path.basename(os.path.abspath(data)), what)
+    torch.manual_seed(args.seed)
+    net = nn.Sequential(nn.Flatten()) if pixels else simfle.make_resnet(args.arch)
+    if not pixels:
+        simfle.load_backbone(net, args.init or path.with_name("backbone.pt"), args.arch)
+    net.to(world.device, memory_format=torch.channels_last).eval()
+    colours = simfle.colours_of(data, world.device)
+    x = outputs_of(args, world, net, train, colours)
+    weight, bias = converged_head(x, torch.tensor(train.labels, device=x.device), len(classes))
+    net.fc = nn.Linear(x.shape[1], len(classes), device=x.device)  # an nn.Sequential runs it too
+    net.fc.load_state_dict(dict(weight=weight, bias=bias))
+    confusion = simfle.test(args, world, net, val, colours, len(classes))
+    per_class = 100 * confusion.diag() / confusion.sum(dim=1)
+    accuracy, mean = 100 * (confusion.trace() / confusion.sum()).item(), per_class.mean().item()
+    if not pixels:
+        simfle.save_whole(path.with_suffix(".pt"), dict(
+            model={k: v.cpu() for k, v in net.state_dict().items()}, classes=classes,
+            arch=args.arch, size=args.view_size, colours=colours.cpu()))
+    simfle.save_whole(path, dict(
+        accuracy=accuracy, mean_accuracy=mean, classes=classes, per_class=per_class.tolist(),
+        confusion=confusion.tolist(), settings=vars(args)))
+    print(f"{path.with_suffix('')}: {accuracy:.2f} % of {len(val):,} test images, mean of the "
+          f"classes {mean:.2f} %")
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's, over the last dimension; 0 where one of them is constant."""
+    x, y = (z - z.mean(dim=-1, keepdim=True) for z in (x, y))
+    return F.cosine_similarity(x, y, dim=-1)
+
+
+@torch.no_grad()
+def measure_refinement(model: nn.Module, asked: nn.Module, images: Tensor) -> dict:
+    """Does the masking of `asked` keep what is hard for `model`? Images (N, 3, 112, 112) -> a dict.
+
+    `error_map` is the error of a patch where random masks hide it, `keep_map` the share of the
+    groups that keep it: (49,) each, mean over the images. `positions` is the correlation of these
+    two, `within_image` the mean of each image's own. (Sec. 3.2, Fig. 3)"""
+    draw = torch.Generator().manual_seed(simfle.seed_of("measure"))
+    torch.manual_seed(0)  # for the order of equal scores
+    ratio, ffl, found = model.ffl.ratio, asked.ffl, []
     for I in images.split(64):
-        C = asked.ffl.grouping(asked.backbone(I)[0])
-        keeps.append(sum(1 - simfle.mask_lowest(masking.scores(C, group), masking.ratio)[1]
-                         for group in torch.arange(masking.groups, device=I.device)
-                         [:, None].expand(-1, len(I))) / masking.groups)
-        turn = torch.rand(keeps[-1].shape, generator=draw).argsort(dim=1).to(I.device)
+        C, kept = ffl.grouping(asked.backbone(I)), 0
+        for k in range(ffl.groups):
+            group = torch.full((len(I),), k, device=I.device)
+            a = simfle.patch_scores(C, group, ffl.groups, ffl.image_size, ffl.patch)
+            kept = kept + (1 - simfle.mask_lowest(a, ffl.ratio)[1]) / ffl.groups
+        turn = torch.rand(kept.shape, generator=draw).argsort(dim=1).to(I.device)
         error = times = shift = 0
-        for _ in range(max(rounds, math.ceil(1 / ratio))):  # until each has been masked:
+        for _ in range(max(4, math.ceil(1 / ratio))):  # until each patch has been masked
             keep, mask = simfle.mask_lowest(((turn + shift) % turn.shape[1]).float(), ratio)
             error, times = error + model.ffl.mae(I, keep)[0] * mask, times + mask
-            shift += keep.shape[1]  # the next few of one random order are kept
-        errors.append(error / times.clamp(min=1))
-    error, kept = torch.cat(errors), torch.cat(keeps)
+            shift += keep.shape[1]  # the next ones of one random order are kept
+        found.append((error / times, kept))
+    error, kept = map(torch.cat, zip(*found))
     return dict(positions=correlation(error.mean(0), kept.mean(0)).item(),
                 within_image=correlation(error, kept).mean().item(),
-                error_map=[round(v, 4) for v in error.mean(0).tolist()],
-                keep_map=[round(v, 4) for v in kept.mean(0).tolist()])
+                error_map=error.mean(0).tolist(), keep_map=kept.mean(0).tolist())
 
 
-def model_of(s: simfle.Settings, world: simfle.World) -> simfle.SimFLE:
-    """The model of a run's last checkpoint, in eval mode. Raises UserError."""
-    if s.ffl == "none":
-        raise simfle.UserError(f"{s.name} was trained with --ffl none: it has no masking to "
-                               f"measure.")
-    path = Path("runs", s.name, "checkpoint.pt")
-    model = simfle.build_model(s).to(world.device)
-    simfle.load_weights(path, model, simfle.load_file(path)["model"])
+def model_of(run: str, world: simfle.World) -> nn.Module:
+    """The model of a run's last checkpoint, in eval mode."""
+    args = argparse.Namespace(**settings_of(run) | {"init": "random"})
+    model = simfle.MODELS[args.model](args).to(world.device)
+    if not hasattr(model, "ffl"):
+        raise simfle.UserError(f"runs/{run} is of --model {args.model}, which has no masking")
+    model.load_state_dict(simfle.load_file(Path("runs", run, "checkpoint.pt"))["model"])
     return model.eval()
 
 
-def settings_of(run: str, **changes) -> simfle.Settings:
-    """The settings of a run, with changes. Raises UserError: there is no such run."""
-    stored = simfle.run_settings(run)
-    if stored.keys() - vars(simfle.Settings()).keys():
-        raise simfle.UserError(f"runs/{run} was made by another version of simfle.py; pre-train "
-                               f"anew, under another --name.")
-    if not stored:
-        there = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/settings.json")))
-        raise simfle.UserError(f"runs/{run}/settings.json is missing or damaged; {Path.cwd()}/runs "
-                               f"has those of {there or 'no run'}: choose one, or pre-train.")
-    return simfle.checked(simfle.Settings(**stored | {"name": run} | changes))
+def refinement(args, world: simfle.World) -> None:
+    """Measures the refinement on val/, writes the result and prints it."""
+    other, data = args.refinement or args.name, simfle.find_data(args.data)
+    model, asked = model_of(args.name, world), model_of(other, world)
+    size, grid = model.ffl.image_size, model.ffl.mae.grid
+    if (size, grid) != (asked.ffl.image_size, asked.ffl.mae.grid):
+        raise simfle.UserError(f"{args.name} and {other} have other --ffl-size or --patch")
+    faces = simfle.Faces(simfle.find_pictures(data / "val"), image_size=size)
+    args.test_pictures = simfle.files_of(faces)
+    path = result_path(args, "refinement", args.refinement)
+    colours = simfle.colours_of(data, world.device)
+    images = outputs_of(args, world, nn.Identity(), faces, colours)
+    result = measure_refinement(model, asked, images)
+    simfle.save_whole(path, result | dict(settings=vars(args)))
+    print(f"{path.with_suffix('')}: how often {other} keeps a patch, and its error in {args.name}, "
+          f"correlate by {result['positions']:+.2f} in the means of {len(faces):,} test images, by "
+          f"{result['within_image']:+.2f} in one image")
 
 
-def refinement(s: simfle.Settings, other: simfle.Settings, world: simfle.World, paths: list[str],
-               colours) -> dict:
-    """`measure_refinement` of two runs' last checkpoints on whole pictures. Raises UserError."""
-    if (s.ffl_size, s.patch) != (other.ffl_size, other.patch):
-        raise simfle.UserError(f"{s.name} and {other.name} have other --ffl-size or --patch: "
-                               f"compare runs with the same patches.")
-    model, asked = model_of(s, world), None if other.name == s.name else model_of(other, world)
-    faces = simfle.Faces(paths, image_size=s.ffl_size, labels=[0] * len(paths))
-    images, _ = simfle.outputs_of(s, world, nn.Identity(), faces, colours)
-    return measure_refinement(model, images, other=asked)
+def settings_of(run: str) -> dict:
+    """The settings of a pre-training."""
+    path = Path("runs", run, "settings.json")
+    if not path.exists():
+        raise simfle.UserError(f"{path} is missing: pre-train first, or give another RUN")
+    return json.loads(path.read_text())
 
 
-def run(args: argparse.Namespace) -> dict:
-    """What the command line asks for. Raises UserError."""
-    if args.seed is not None and args.init != "random":
-        raise simfle.UserError("--seed is for --init random: give it there only.")
-    began = time.perf_counter()
-    s = settings_of(args.run, workers=args.workers,
-                    **{} if args.seed is None else {"seed": args.seed})
-    world = simfle.World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = simfle.find_data(args.data or s.data)
-    colours = simfle.colours_of(folder)
-    if args.refinement is not None:
-        other, val = args.refinement or args.run, simfle.find_pictures(folder / "val")
-        measured = "refinement" + (f", masking of {other}" if args.refinement else "")
-        result = refinement(s, settings_of(other), world, val, colours)
-    else:
-        classes, *train = simfle.labelled_pictures(folder / "train")
-        same, val, labels = simfle.labelled_pictures(folder / "val")
-        if classes != same:
-            raise simfle.UserError(f"{folder}/train and {folder}/val have different class folders.")
-        measured = args.init or "backbone"
-        size = 16 if args.init == "pixels" else s.view_size
-        splits = [simfle.Faces(paths, image_size=size, labels=which)
-                  for paths, which in (train, (val, labels))]
-        net = load_net(args.init, s, world)
-        result = probe(*(simfle.outputs_of(s, world, net, faces, colours) for faces in splits),
-                       classes)
-    return dict(run=args.run, measured=measured, data=str(folder), seed=s.seed,
-                val_pictures=len(val)) | result | dict(
-                    seconds=round(time.perf_counter() - began, 1))
+def result_path(args, *name: str) -> Path:
+    """Where a result goes. It does not replace that of other pictures or of another --init."""
+    path = Path("runs", args.name, "-".join(filter(None, (*name, args.tag))) + ".json")
+    was = json.loads(path.read_text())["settings"] if path.exists() else vars(args)
+    for k in ("init", "refinement", "pictures", "test_pictures"):
+        if was.get(k) != vars(args).get(k):
+            raise simfle.UserError(f"{path} is of other {k.replace('_', ' ')}: give a --tag")
+    return path
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints one line of JSON. Returns the exit code, see `simfle.program`."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="%(prog)s RUN [options]")
-    parser.add_argument("run", metavar="RUN", help="a pre-training's --name: reads runs/RUN/")
-    parser.add_argument("--data", default="", help="folder, or name in data/; default: the run's")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--init", default="", help="random, pixels or a file; default: backbone.pt")
-    what.add_argument("--refinement", nargs="?", const="", metavar="OTHER",
-                      help="correlate, over the patches of val/, RUN's error and how often OTHER's "
-                           "masking keeps (after RUN; default: RUN's own)")
-    parser.add_argument("--seed", type=int, help="of --init random; default: the run's")
-    parser.add_argument("--workers", type=int, default=-1,
-                        help="loader workers [share of the cores]")
+def run(argv: list[str] | None) -> None:
+    """Measures what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("name", metavar="RUN", help="the --name of a pre-training")
+    add("--data", help="a folder, or its name in data/; default: the run's")
+    add("--init", default="", help="random, pixels, imagenet or a file; default: the run's")
+    add("--refinement", nargs="?", const="", metavar="OTHER", help="measure the masking, of OTHER")
+    add("--seed", type=int, help="of --init random; default: the run's")
+    add("--tag", default="", help="added to the name of the result")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="loader workers")
     args = parser.parse_args(argv)
-    return simfle.program("probe", lambda: print(json.dumps(run(args))))
+    args.run = settings_of(args.name)
+    args.data = args.data or args.run["data"]
+    args.seed = args.run["seed"] if args.seed is None else args.seed
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (probe if args.refinement is None else refinement)(args, simfle.World(0, 1, device))
+
+
+def main(argv: list[str] | None = None, run=run) -> int:
+    """Returns the exit code. Errors are reported as by `simfle.main`."""
+    try:
+        run(argv)
+        return 0
+    except simfle.UserError as error:  # a loader worker's comes with a traceback
+        print(f"error: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
+        return error.code
+    except (Exception, KeyboardInterrupt):
+        traceback.print_exc()
+        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    simfle.leave(main())

@@ -2,35 +2,26 @@
 
     python data/toy.py [--out data/toy] [--train 4000] [--val 1600] [--size 96] [--seed 0]
 
-They stand in for photographs wherever none can be shipped: in the demo, in the tests and in the
-README's pictures. A face is an expression (brows, eyes, nose, mouth) worn by an identity (head,
-skin, hair, glasses, beard) in a pose, under a light, before a background. Only the expression is
-the label; everything else is drawn independently of it, so a net has to look at the face. What a
-picture shows depends on (seed, split, number) alone.
-
-Needs Pillow. Nothing here knows of simfle.py.
-"""
+They stand in for photographs where none can be shipped: in the demo and in the README's pictures.
+A face is an expression (brows, eyes, nose, mouth) worn by an identity (head, skin, hair, glasses,
+beard) in a pose, under a light, before a background. Only the expression is the label. Everything
+else is independent of it, so a net has to look at the face. What a picture shows depends on (seed,
+split, number) alone. Needs Pillow; nothing here knows of simfle.py."""
 
 import argparse
 import math
 import multiprocessing
-import os
 import random
 import signal
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
 VERSION = 2  # one more where the same seed gives other pictures
-PATIENCE = 300  # seconds that 50 faces may take
-CLASSES = ("0_neutral", "1_happiness", "2_sadness", "3_surprise",
-           "4_fear", "5_disgust", "6_anger", "7_contempt")
 
-# What each expression does to a face; 0 is at rest. `brow`: height of the brows. `tilt`: inner ends
-# up (+) or down (-). `eye`: lids open (+) or narrowed (-). `curve`: corners of the mouth up (+) or
-# down (-). `open`: the mouth. `width`: the mouth stretched (+) or pursed (-). `sneer`: upper lip
-# and nose drawn up. `side`: one corner of the mouth and one brow alone.
+# What each expression does to a face; 0 is at rest, + is up or wide. `brow`: the brows. `tilt`:
+# their inner ends. `eye`: the lids. `curve`: corners of the mouth. `open`, `width`: the mouth.
+# `sneer`: upper lip and nose. `side`: one corner of the mouth and one brow alone.
 EXPRESSIONS = {
     "0_neutral": {},
     "1_happiness": dict(curve=1.0, open=0.35, width=0.35, eye=-0.25),
@@ -41,6 +32,7 @@ EXPRESSIONS = {
     "6_anger": dict(brow=-0.7, tilt=-1.0, eye=0.1, curve=-0.5, width=0.1),
     "7_contempt": dict(side=1.0, eye=-0.15),
 }
+CLASSES = tuple(EXPRESSIONS)
 SKINS = ((255, 224, 196), (241, 194, 150), (224, 172, 120), (198, 134, 82), (141, 85, 46),
          (92, 56, 36))
 HAIRS = ((30, 24, 22), (74, 46, 28), (130, 84, 40), (205, 164, 92), (150, 60, 30), (150, 150, 155),
@@ -48,44 +40,34 @@ HAIRS = ((30, 24, 22), (74, 46, 28), (130, 84, 40), (205, 164, 92), (150, 60, 30
 
 
 class Face:
-    """A face in the making: its expression, identity and pose, and the picture so far.
+    """A face in the making, drawn from back to front.
 
-    The parts are drawn from back to front. The order of the random numbers decides what a seed
-    looks like, so it has to stay.
-    """
-
+    The order of the random numbers decides what a seed looks like, so it has to stay."""
     def __init__(self, expression: str, rng: random.Random, scale: int):
         self.rng, self.scale, uniform = rng, scale, rng.uniform
         strength = uniform(0.75, 1.25)
         self.e = {k: strength * EXPRESSIONS[expression].get(k, 0.0) + rng.gauss(0, 0.08)
                   for k in ("brow", "tilt", "eye", "curve", "open", "width", "sneer", "side")}
         self.mirrored = rng.choice((-1, 1))  # which side of the face a contemptuous smile takes
-
-        # Identity.
         self.skin = skin = tuple(round(c * uniform(0.9, 1.08)) for c in rng.choice(SKINS))
         self.hair = tuple(round(c * uniform(0.8, 1.2)) for c in rng.choice(HAIRS))
         self.head_w, self.head_h = uniform(0.72, 0.82), uniform(0.92, 1.0)
         self.eye_x, self.eye_y = uniform(0.32, 0.38), uniform(-0.18, -0.10)
         self.eye_w = uniform(0.19, 0.24)
         self.brow_y, self.brow_thick = self.eye_y - uniform(0.26, 0.31), uniform(0.05, 0.09)
-        self.mouth_y, self.mouth_w = uniform(0.46, 0.54), uniform(0.32, 0.40)
-        self.nose_y = uniform(0.14, 0.22)
+        self.mouth_y, self.mouth_w, self.nose_y = map(uniform, (.46, .32, .14), (.54, .40, .22))
         self.lips = rng.choice((shade(skin, 0.7), (190, 70, 80), (150, 60, 70), shade(skin, 0.8)))
-
-        # Pose: roll, yaw, pitch, distance, place, which differ as in the crops of a face detector.
-        # With aligned faces a linear classifier of raw pixels was right in 52 %; see README, Start.
+        # Pose, distance and place differ as in the crops of a face detector: of aligned faces a
+        # linear classifier of raw pixels would recognise too many.
         self.roll, self.yaw, self.pitch = rng.gauss(0, 0.15), rng.gauss(0, 0.25), rng.gauss(0, 0.10)
         self.zoom = scale * uniform(0.36, 0.62)
         self.cx, self.cy = scale * uniform(0.38, 0.62), scale * uniform(0.36, 0.60)
-
         self.image = background(rng, scale)
         self.draw, self.line = ImageDraw.Draw(self.image), round(self.zoom * 0.035)
 
     def at(self, x, y, depth=None):
-        """Face coordinates (x to the right, y down, the head about -1..1) as pixels.
-
-        Without a depth the point lies on a ball that turns with the head.
-        """
+        """Face coordinates (x right, y down, the head about -1..1) as pixels; without a depth the
+        point lies on a ball that turns with the head."""
         z = math.sqrt(max(0.0, 1.0 - x * x - y * y)) if depth is None else depth
         x = x * math.cos(self.yaw) + z * math.sin(self.yaw) * 0.6
         y = y * math.cos(self.pitch) + z * math.sin(self.pitch)
@@ -128,6 +110,7 @@ class Face:
         gaze_x, gaze_y = rng.uniform(-0.3, 0.3) * eye_w, rng.uniform(-0.15, 0.15) * eye_w
         h = max(0.02, eye_w * (0.52 + 0.42 * e["eye"] - 0.1 * e["sneer"]))
         r = min(eye_w * 0.5, h * 0.95)
+        brow, thick = mix(self.hair, (20, 15, 10), 0.4), max(2, round(self.zoom * self.brow_thick))
         for side in (-1, 1):
             x, y = side * eye_x + gaze_x, eye_y + gaze_y * h / eye_w
             draw.polygon(oval(side * eye_x, eye_y, eye_w, h), fill=(245, 243, 238))
@@ -138,10 +121,8 @@ class Face:
             alone = e["side"] if side == self.mirrored else 0.0
             y = self.brow_y - 0.13 * e["brow"] - 0.16 * alone + 0.04 * e["sneer"]
             inner = at(side * (eye_x - eye_w * 1.05), y - 0.13 * e["tilt"])
-            middle = at(side * eye_x, y - 0.04)
             outer = at(side * (eye_x + eye_w * 1.15), y + 0.09 * e["tilt"] + 0.01)
-            draw.line([inner, middle, outer], fill=mix(self.hair, (20, 15, 10), 0.4),
-                      joint="curve", width=max(2, round(self.zoom * self.brow_thick)))
+            draw.line([inner, at(side * eye_x, y - 0.04), outer], brow, thick, joint="curve")
 
     def draw_nose_and_mouth(self) -> None:
         """The nose, the folds beside it that a sneer or a smile deepens, the lips, the teeth."""
@@ -156,7 +137,6 @@ class Face:
         if e["sneer"] > 0.4:
             for y in (self.eye_y, self.eye_y + 0.06):
                 draw.line([at(-0.07, y), at(0.07, y)], fill=shade(skin, 0.6), width=line)
-
         # The mouth: a middle line that bends, opened by lips that move apart.
         mouth_y, w = self.mouth_y, self.mouth_w * (1 + 0.45 * e["width"])
         gape = max(0.0, e["open"]) * 0.26
@@ -201,13 +181,12 @@ def draw_face(expression: str, rng: random.Random, size: int = 96) -> Image.Imag
 
 
 def background(rng: random.Random, scale: int) -> Image.Image:
-    """Two colours that run into each other, and a few shapes."""
-    one, two = random_colour(rng), random_colour(rng)
+    """Two colours that run into each other, and at times a shape."""
+    one, two = (Image.new("RGB", (scale, scale), random_colour(rng)) for _ in range(2))
     ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((scale, scale))
-    image = Image.composite(Image.new("RGB", (scale, scale), one),
-                            Image.new("RGB", (scale, scale), two), ramp)
+    image = Image.composite(one, two, ramp)
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.randint(0, 1)):
+    if rng.randint(0, 1):
         x, y = rng.uniform(-0.1, 0.9) * scale, rng.uniform(-0.1, 0.9) * scale
         box = [x, y, x + rng.uniform(0.1, 0.5) * scale, y + rng.uniform(0.1, 0.5) * scale]
         rng.choice((draw.rectangle, draw.ellipse))(box, fill=random_colour(rng))
@@ -243,71 +222,44 @@ def mix(one, two, share):
     return tuple(round(a + (b - a) * share) for a, b in zip(one, two))
 
 
-def draw_files(jobs: list[tuple[Path, str, int, int, int]]) -> None:
-    """Draws some files of a dataset."""
-    for path, split, number, size, seed in jobs:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")  # a file appears whole or not at all
-        rng = random.Random(f"{seed}/{split}/{number}")
-        draw_face(path.parent.name, rng, size).save(part, "PNG")
-        part.replace(path)
+def draw_file(job: tuple[Path, str, int]) -> None:
+    """Draws one file of a dataset; it appears whole or not at all."""
+    path, seed, size = job
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    draw_face(path.parent.name, random.Random(seed), size).save(part, "PNG")
+    part.replace(path)
 
 
 def draw_dataset(out="data/toy", train=4000, val=1600, size=96, seed=0) -> None:
-    """Draws what is missing of out/{train,val}/<k_class>/<number>.png, the classes in turn.
-
-    Faces that were drawn otherwise, by other arguments or an older version of this file, go first.
-    Raises OSError: a file cannot be written, pictures there were not drawn by this program, or a
-    process that draws has ended."""
-    told, wanted = Path(out, "drawn.txt"), f"{train} + {val} faces, {size} pixels, seed {seed}, "
-    wanted += f"version {VERSION}\n"
-    if not told.exists() and any(Path(out).glob("*/*/*")):
-        raise OSError(f"{out} holds what was not drawn here; give another --out, or move it away")
-    if not (told.exists() and told.read_text().startswith(wanted)):
-        old = [path for k in CLASSES for path in Path(out).glob(f"*/{k}/?????*.png")
-               if path.stem.isdigit()]
-        if old:
-            print(f"the faces in {out} were drawn otherwise; they are drawn anew", flush=True)
-        for path in old:
-            path.unlink()
+    """Draws what is missing of out/{train,val}/<k_class>/<number>.png, the classes in turn. Raises
+    OSError where other pictures are there: none is ever removed."""
+    told = Path(out, "drawn.txt")
+    wanted = f"{train} + {val} faces, {size} pixels, seed {seed}, version {VERSION}\n"
+    if not told.exists() or told.read_text() != wanted:
+        if any(Path(out).glob("*/*/*")):
+            raise OSError(f"{out} holds other pictures: give another --out, or remove that folder")
         told.parent.mkdir(parents=True, exist_ok=True)
-        part = told.with_suffix(f".{os.getpid()}.part")
-        part.write_text(wanted)
-        part.replace(told)
-    places = [(Path(out, split, CLASSES[i % len(CLASSES)], f"{i:05d}.png"), split, i, size, seed)
-              for split, count in (("train", train), ("val", val)) for i in range(count)]
-    jobs = [job for job in places if not job[0].exists()]
+        told.write_text(wanted)
+    jobs = [(path, f"{seed}/{split}/{i}", size)
+            for split, count in (("train", train), ("val", val)) for i in range(count)
+            if not (path := Path(out, split, CLASSES[i % 8], f"{i:05d}.png")).exists()]
     if not jobs:
         return
-    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: this process ends the others
+    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C: this process ends the others
     with multiprocessing.get_context("spawn").Pool(None, signal.signal, ignore) as pool:
-        drawn = pool.imap_unordered(draw_files, [jobs[i:i + 50] for i in range(0, len(jobs), 50)])
-        for done in [*range(50, len(jobs), 50), len(jobs)]:
-            try:
-                drawn.next(PATIENCE)
-            except multiprocessing.TimeoutError:  # a pool waits for a process that was killed
-                raise OSError("a process that draws has ended or hangs, such as for want of "
-                              "memory; the same command goes on") from None
+        for done, _ in enumerate(pool.imap_unordered(draw_file, jobs, 50), 1):
             if done % 500 == 0 or done == len(jobs):
                 print(f"toy faces in {out}: {done} of {len(jobs)}", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draws the toy faces.")
+    for name, default, what in (("train", 4000, "faces to train on"), ("val", 1600, "to test on"),
+                                ("size", 96, "pixels a side"), ("seed", 0, "of the faces")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
     parser.add_argument("--out", default=str(Path(__file__).parent / "toy"), help="folder")
-    parser.add_argument("--train", type=int, default=4000, help="pictures to train on")
-    parser.add_argument("--val", type=int, default=1600, help="pictures to test on")
-    parser.add_argument("--size", type=int, default=96, help="pixels a side")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.size < 8 or min(args.train, args.val) < 0:
-        parser.error("--size must be at least 8, --train and --val at least 0.")
-    signal.signal(signal.SIGTERM, lambda *args: sys.exit(143))  # by way of the pool's end
     try:
-        draw_dataset(**vars(args))
+        draw_dataset(**vars(parser.parse_args()))
     except OSError as error:
-        resume = "; mend that, and start the same command again" if error.errno else ""
-        print(f"toy: {error}{resume}.", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        parser.error(f"{error}")
