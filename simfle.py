@@ -1192,7 +1192,7 @@ def evaluate(args, world: World) -> dict:
     data, folder = find_data(args.data), Path("runs", args.name)
     classes, train, val = read_splits(args, data)
     init = args.init or folder / "backbone.pt"
-    start = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
+    args.start = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
     net = start_classifier(args, init, classes)
     net.to(world.device, memory_format=torch.channels_last)
     backbone, colours = make_backbone(net), colours_of(data, world.device)
@@ -1212,14 +1212,13 @@ def evaluate(args, world: World) -> dict:
     name = "-".join(filter(None, (args.eval, os.path.basename(os.path.abspath(data)), args.tag)))
     rarity = 1 / torch.bincount(torch.tensor(train.labels)).double()
     fit(args, world, net, net.fc if frozen else net, train, step, folder, f"-{name}",
-        cosine=not frozen, weights=rarity[train.labels] if args.oversample else None, start=start,
+        cosine=not frozen, weights=rarity[train.labels] if args.oversample else None,
         classes=classes, test_pictures=files_of(val), colours=colours.flatten().tolist())
     confusion = test(args, world, net, val, colours, len(classes))
     per_class = 100 * confusion.diag() / confusion.sum(dim=1)
     result = dict(accuracy=100 * (confusion.trace() / confusion.sum()).item(),
                   mean_accuracy=per_class.mean().item(), classes=classes,
-                  per_class=per_class.tolist(), confusion=confusion.tolist(), settings=vars(args),
-                  start=start)
+                  per_class=per_class.tolist(), confusion=confusion.tolist(), settings=vars(args))
     if world.rank == 0:
         state = {k: v.cpu() for k, v in net.state_dict().items()}
         save_whole(folder / f"{name}.pt", dict(model=state, classes=classes, arch=args.arch,
@@ -1340,18 +1339,18 @@ def main(argv: list[str] | None = None) -> int:
         else:
             pretrain(args, world)
         return 0
-    except UserError as error:
-        if int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a loader worker's comes with a traceback
+    except (Exception, KeyboardInterrupt) as error:
+        fixable = isinstance(error, UserError)
+        if not fixable:
+            traceback.print_exc()
+        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a worker's comes with its traceback
             print(f"simfle: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
-        return error.code
-    except (Exception, KeyboardInterrupt):
-        traceback.print_exc()
-        return 1
+        traceback.clear_frames(error.__traceback__)  # they hold loader workers, which would stay
+        return error.code if fixable else 1
 
 
 def leave(code: int) -> None:
-    """Ends the process at once. Python's own exit would wait for loader workers that a traceback
-    still holds; they ignore signals, and end when they find their parent gone."""
+    """Ends the process at once, without waiting for workers or for other ranks."""
     sys.stdout.flush()
     os._exit(code)
 

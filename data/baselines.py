@@ -115,7 +115,7 @@ class SimSiam(nn.Module):
     """A prediction aims at the online stream's own projection of the other view, as a constant.
     L_s is 1 − cos, mean over both orders. (Chen and He, 2021)
 
-    Departure 21: the predictor's learning rate decays with the others'. (SimSiam: constant.)"""
+    Departure 18: the predictor's learning rate decays with the others'. (SimSiam: constant.)"""
     def __init__(self, backbone: nn.Module, width: int = 2048, bottleneck: int = 512):
         super().__init__()
         self.online = Stream(backbone, nn.Sequential(
@@ -156,7 +156,7 @@ class MoCo(nn.Module):
         self.t, self.tau = t, tau
         self.online = Stream(backbone, head(backbone.channels, outputs))
         self.target = copy.deepcopy(self.online).requires_grad_(False)
-        # Departure 18: the queue is empty at first. MoCo's authors fill it with random directions,
+        # Departure 20: the queue is empty at first. MoCo's authors fill it with random directions,
         # which no face resembles: the loss then falls fastest where all faces map to one point.
         self.register_buffer("queue", torch.zeros(queue, outputs))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # keys so far
@@ -166,7 +166,7 @@ class MoCo(nn.Module):
         (r, W), B = rank_and_size(), len(v1)
         with torch.no_grad():
             # Rank r makes the keys of every W-th image from the r-th on. Query and key would else
-            # share BatchNorm statistics, which tell that they belong together. (MoCo) Departure 20:
+            # share BatchNorm statistics, which tell that they belong together. (MoCo) Departure 21:
             # on one process nothing is shuffled.
             keys = gather(self.target(gather(v2)[r::W])[0])
             keys = rearrange(keys, "(w b) d -> (b w) d", w=W)  # (W·B, 128), as in the batch

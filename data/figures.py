@@ -1,14 +1,6 @@
-# SPDX-License-Identifier: MIT
 """Draws a run: Figs. 1 and 3 to 8 of the paper, and its training curves. (Sec. 4.4)
 
-    python data/figures.py RUN                       to runs/RUN/figures/
-    python data/figures.py RUN --compare RUN RUN     rows of other runs (Figs. 1, 3 and 6)
-    python data/figures.py RUN --init random         masks of the untrained net
-    python data/figures.py RUN --init FILE           attention of another classifier
-    python data/figures.py RUN --data FOLDER         other pictures
-
-Pictures are from val/CLASS/, or from the whole folder where there are no classes. The classifier is
-the run's linear one, else the probe's.
+    python data/figures.py RUN [--compare RUN RUN] [--init random | FILE] [--data FOLDER]
 """
 
 import argparse
@@ -59,8 +51,8 @@ def sheet(title: str, rows: list[list[Image.Image]], names=(), columns=(), note=
     """Pictures of one size in rows with names, columns with names, and a note."""
     (w, h), top, font = rows[0][0].size, (2 + bool(columns)) * LINE, ImageFont.load_default(13)
     left = 2 * GAP + round(max(map(font.getlength, "\n".join(names).split("\n"))))
-    size = max(left + max(map(len, rows)) * (w + GAP), 620), top + len(rows) * (h + GAP) + 2 * LINE
-    picture = Image.new("RGB", size, "white")
+    picture = Image.new("RGB", (max(left + max(map(len, rows)) * (w + GAP), 620),
+                                top + len(rows) * (h + GAP) + 2 * LINE), "white")
     write(picture, GAP, GAP, title, 17)
     write(picture, GAP, picture.height - 2 * LINE, note, 12)
     for c, name in enumerate(columns):
@@ -99,9 +91,13 @@ def plot(title: str, curves: dict, shown=(), below=None, colours=COLOURS) -> Ima
     for i, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
         write(picture, 70 + i * 320 / len(curves), 26, name, 12, colour=colour)
         draw.line([at(*p) for p in points], colour, 2)
-        for u, v in [at(*p) for p in points] if len(points) < 20 else ():
-            draw.ellipse([u - 3, v - 3, u + 3, v + 3], colour)
     return picture
+
+
+def read_log(run: str) -> list[dict]:
+    """The lines of a run's log; of a step that stands there twice the last counts."""
+    lines = map(json.loads, Path("runs", run, "log.jsonl").read_text().splitlines())
+    return [*{line["step"]: line for line in lines}.values()]
 
 
 def read_faces(paths: list[str], size: int) -> Tensor:
@@ -111,9 +107,8 @@ def read_faces(paths: list[str], size: int) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(model: nn.Module, x: Tensor, groups: list[int], colours: Tensor):
-    """Masks faces x (B, 3, 112, 112) in [0, 1] by a channel group each, or with no `groups` by the
-    model's own draw. Returns x with masked patches grey, x with predicted ones, the scores (B, 49).
-    With `norm_pix` a patch's mean and standard deviation are the original's. (Fig. 4)"""
+    """Masks faces x (B, 3, 112, 112) in [0, 1] by a channel group each, or without `groups` by the
+    model's draw. Returns x with masked patches grey, x with predicted ones, the scores. (Fig. 4)"""
     ffl, mae, I = model.ffl, model.ffl.mae, simfle.normalise(x, colours)
     torch.manual_seed(0)  # for random scores, and for the order of equal ones
     C = ffl.grouping(model.backbone(I))
@@ -140,18 +135,16 @@ def figures_masks(model: nn.Module, x: Tensor, colours: Tensor) -> dict[str, Ima
         above.append([cell(p) for p in (face, *masked)])
         above.append([cell(torch.ones_like(face)), *(heat(a, *a.aminmax()) for a in scores)])
     below = [[*map(cell, p)] for p in (x, *reconstruct(model, x, groups[:len(x)], colours)[:2])]
-    light = " Mean and contrast of each patch are the original's." * model.ffl.mae.norm_pix
     return {"masks": sheet("What the masking keeps (Fig. 4 a)", above, ["masked", "score"] * 3,
                            ["original", *([f"group {g}" for g in groups] or ["one draw"] * 8)],
                            "Grey patches are masked. Yellow: a map's highest score."),
             "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
                                      ["original", "masked", "reconstructed"], (),
-                                     "Visible patches are pasted back." + light)}
+                                     "Visible patches, means and contrasts are the original's.")}
 
 
 def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
-    """By patch the error where it was masked, and the share of images that kept it, over each run.
-    (Fig. 3: its upper row is of a run with random masking, its lower one with semantic masking)"""
+    """By patch the error where it was masked, and the share of images that kept it. (Fig. 3)"""
     rows, names = [], []
     for run, log in logs.items():
         if lines := [(line["masked_error"], line["masked"]) for line in log if "masked" in line]:
@@ -184,19 +177,17 @@ def figure_curves(log: list[dict], alpha: float, beta: float) -> Image.Image:
 
 
 def figure_sweep(path: Path) -> Image.Image | None:
-    """A result's accuracy by α or β, over the runs that differ in it and the seed alone. (Fig. 5)"""
-    results = {p: json.loads(p.read_text()) for p in Path("runs").glob(f"*/{path.name}")}
-    own, plots = results[path]["settings"], []
-    for key in ("alpha", "beta"):
-        free = {key, "name", "seed", "fresh", "workers", "save_every", "log_every"}
-        points = {}
-        for result in results.values():
-            made = result["settings"]
-            pairs = (made, own), (made.get("run", {}), own["run"])
-            if all(one.get(k) == two.get(k) for one, two in pairs for k in own["run"].keys() - free):
-                points.setdefault(made["run"][key], []).append(result["accuracy"])
-        curve = [(i, sum(points[v]) / len(points[v])) for i, v in enumerate(sorted(points))]
-        if len(curve) > 1:
+    """Accuracy by α or β, over the runs that differ in it and the seed alone. (Fig. 5)"""
+    results, plots = [json.loads(p.read_text()) for p in Path("runs").glob(f"*/{path.name}")], []
+    own = json.loads(path.read_text())["settings"].get("run", {})
+    for key in ("alpha", "beta") if own else ():
+        free, points = {key, "name", "seed", "fresh", "workers", "save_every", "log_every"}, {}
+        for result in results:
+            made = result["settings"].get("run", {})
+            if all(made.get(k) == own[k] for k in own.keys() - free):
+                points.setdefault(made[key], []).append(result["accuracy"])
+        if len(points) > 1:
+            curve = [(i, sum(points[v]) / len(points[v])) for i, v in enumerate(sorted(points))]
             plots.append(plot(f"{path.stem}, %, by {key}", {"": curve}, (),
                               {i: f"{v:g}" for i, v in enumerate(sorted(points))}))
     return plots and sheet("Accuracy by the weights of Eq. 6 (Fig. 5)", [plots])
@@ -217,11 +208,10 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
 
 @torch.no_grad()
 def grad_cam(path: Path, paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
-    """A classifier's pictures (B, 3, H, W) in [0, 1], its predictions, where it looks for these
-    (B, 112, 112) in [0, 1]: its map, weighted by the gradient of the class's logit. Behind a mean
-    over positions and a linear layer that is the layer's row, up to a factor. (Sec. 4.4)"""
+    """A classifier's pictures (B, 3, H, W), its predictions, and where it looks for these (B, 112,
+    112) in [0, 1]: its map, weighted by the logit's gradient, which is `fc`'s row. (Sec. 4.4)"""
     saved = simfle.load_file(path)
-    if not saved.keys() >= {"model", "classes", "arch", "size", "colours"}:
+    if "classes" not in saved:
         raise simfle.UserError(f"{path} is no classifier of simfle.py --eval or data/probe.py")
     net = simfle.make_resnet(saved["arch"])
     backbone = simfle.make_backbone(net)
@@ -237,14 +227,14 @@ def grad_cam(path: Path, paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
 
 
 def figure_attention(seen: dict, classes: list[str]) -> Image.Image:
-    """`grad_cam` of classifiers: five pictures that the first gets right, five it gets wrong.
-    classes: the true ones, or "". (Figs. 1, 6, 8)"""
+    """`grad_cam` by classifier: five pictures that the first gets right, five wrong."""
     (x, guess, _), *_ = seen.values()
     wrong = [i for i, true in enumerate(classes) if true not in ("", guess[i])]
     some = [i for i in range(len(x)) if i not in wrong][:5] + wrong[:5]
     rows = [[cell(x[i], text=classes[i]) for i in some]]
-    rows += [[cell(x[i], cam[i], guess[i], COLOURS[1] if classes[i] not in ("", guess[i]) else "black")
-              for i in some] for x, guess, cam in seen.values()]
+    for x, guess, cam in seen.values():
+        rows.append([cell(x[i], cam[i], guess[i], "black" if classes[i] in ("", guess[i]) else
+                          COLOURS[1]) for i in some])
     return sheet("Where the classifier looks (Figs. 1, 6, 8)", rows,
                  ["picture" + "\nand its class" * any(classes), *seen], (),
                  "Below: the prediction, orange if wrong. Yellow: what speaks for it.")
@@ -257,13 +247,13 @@ def some_pictures(data: Path, count: int) -> list[tuple[str, str]]:
     except simfle.UserError:
         return [(path, "") for path in simfle.find_pictures(data)[:count]]
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
-    turns = zip_longest(*([(paths[i], ORDER.sub("", name)) for i in order if labels[i] == k]
-                          for k, name in enumerate(classes)))
-    return [*filter(None, chain(*turns))][:count]
+    each = [[(paths[i], ORDER.sub("", name)) for i in order if labels[i] == k]
+            for k, name in enumerate(classes)]
+    return [*filter(None, chain(*zip_longest(*each)))][:count]
 
 
 def draw(argv: list[str] | None) -> None:
-    """Draws what the command line asks for, as far as there is something to draw."""
+    """Draws what the command line asks for and the run has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("name", metavar="RUN", help="the --name of a pre-training")
@@ -272,7 +262,7 @@ def draw(argv: list[str] | None) -> None:
     add("--data", default="", help="a folder, or its name in data/; default: the run's")
     args = parser.parse_args(argv)
     runs, folder, figures, seen = [args.name, *args.compare], Path("runs", args.name), {}, {}
-    s = [argparse.Namespace(**probe.settings_of(run) | {"init": "random"}) for run in runs][0]
+    s = argparse.Namespace(**probe.settings_of(args.name) | {"init": "random"})
     data = simfle.find_data(args.data or s.data)
     paths, classes = zip(*some_pictures(data, 64))
     if not args.init and not args.data:  # what depends on neither
@@ -293,23 +283,22 @@ def draw(argv: list[str] | None) -> None:
     for run in runs if args.init != "random" else ():
         found = [Path("runs", run, f"{kind}-{Path(d).absolute().name}.pt") for d in (data, s.data)
                  for kind in ("linear", "probe")]
-        path = Path(args.init) if args.init and run == args.name else next(
-            filter(Path.exists, found), None)
-        if path:
+        if args.init and run == args.name:
+            found = [Path(args.init)]
+        for path in [*filter(Path.exists, found)][:1]:
             seen[f"{run}\n{path.stem}"] = grad_cam(path, paths)
     if seen:
         figures["attention"] = figure_attention(seen, classes)
-    of = "-".join(filter(None, (Path(args.init).stem, Path(args.data).name)))  # beside the run's own
+    of = "-".join(filter(None, (Path(args.init).stem, Path(args.data).name)))
     (folder / "figures" / of).mkdir(exist_ok=True, parents=True)
     for name, picture in figures.items():
         if picture:
             write(picture, GAP, picture.height - LINE, f"{args.name} {of}", 12, colour="grey")
-            picture.save(folder / "figures" / of / f"{name}.png")
-            print(folder / "figures" / of / f"{name}.png")
+            picture.save(path := folder / "figures" / of / f"{name}.png")
+            print(path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code. Errors are reported as by `simfle.main`."""
     return probe.main(argv, draw)
 
 
