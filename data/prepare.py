@@ -88,7 +88,7 @@ def split_of(folder: Path, ending: str) -> str | None:
 
 
 def integer(value) -> int | None:
-    return int(value) if re.fullmatch(r"\s*-?\d+\s*", str(value)) else None
+    return int(float(value)) if re.fullmatch(r"\s*-?\d+(\.0*)?\s*", str(value)) else None
 
 
 def read_rows(path: Path | None, columns: tuple[str, ...], number: int):
@@ -163,9 +163,8 @@ def rafdb(tree: Download):
 
 
 def majority(votes: list[str]) -> int | None:
-    """The label that ten votes of label.csv give, if they do: Table 5's counts exactly. A single
-    vote counts as none. One of the eight classes needs more than half of the rest; "unknown" and
-    "not a face", the last two, are counted too."""
+    """The label that ten votes of label.csv give, as in Table 5 exactly. A single vote counts as none;
+    of the rest, "unknown" and "no face" included, one of the eight classes needs more than half."""
     votes = [0 if v in ("0", "1") else integer(v) or 0 for v in votes]
     best = max(range(10), key=lambda i: votes[i])
     return (0, 1, 3, 2, 6, 5, 4, 7, None, None)[best] if 2 * votes[best] > sum(votes) else None
@@ -301,20 +300,21 @@ def make(p: Picture, target: Path, size: int) -> str:
             w, h = box[2] - box[0], box[3] - box[1]
             if w <= 0 or h <= 0:
                 return "box outside the picture"
-            scale = min(1, size / min(w, h)) if size else 1
-            linked = scale == 1 and (w, h) == whole.size and not drawn and (
-                not p.box or whole.getexif().get(0x0112, 1) == 1)
-            if not linked:
-                cut = whole.convert("RGB").crop(box)
-                if scale < 1:
-                    small = [max(1, round(v * scale)) for v in (w, h)]
-                    cut = cut.resize(small, Image.Resampling.LANCZOS)
-                cut.save(content, kind, **dict(quality=95, subsampling=0) if kind == "JPEG" else {})
+            scale = min(1, size / min(w, h)) if size > 0 else 1
+            if scale == 1 and (w, h) == whole.size and not drawn and (
+                    not p.box or whole.getexif().get(0x0112, 1) == 1):
+                link(p.source, target)
+                return ""
+            cut = whole.convert("RGB").crop(box)
+            if scale < 1:
+                small = [max(1, round(v * scale)) for v in (w, h)]
+                cut = cut.resize(small, Image.Resampling.LANCZOS)
+            cut.save(content, kind, **dict(quality=95, subsampling=0) if kind == "JPEG" else {})
     except Exception as error:  # Pillow raises many kinds for broken files
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
         return "cannot be decoded"
-    link(p.source, target) if linked else write_whole(target, content.getvalue())
+    write_whole(target, content.getvalue())
     return ""
 
 
