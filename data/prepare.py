@@ -163,7 +163,7 @@ def rafdb(tree: Download):
 
 
 def majority(votes: list[str]) -> int | None:
-    """The label that ten votes of label.csv give, as in Table 5 exactly. A single vote counts as none;
+    """The label that ten votes of label.csv give, as in Table 5. A single vote counts as none;
     of the rest, "unknown" and "no face" included, one of the eight classes needs more than half."""
     votes = [0 if v in ("0", "1") else integer(v) or 0 for v in votes]
     best = max(range(10), key=lambda i: votes[i])
