@@ -1092,6 +1092,13 @@ def test_the_head_starts_near_0_and_moves_between_datasets_class_by_class(evalua
     S.start_classifier(S.read_settings(["--name", "faces", "--eval"]), turned, ["0_a", "1_b"])
 
 
+def test_each_step_draws_anew_from_its_own_seed(simfle, faces, monkeypatch):
+    real, seeds = torch.manual_seed, []
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or real(seed))
+    assert simfle("--data", faces, *TINY, "--workers", "0", "--steps", "3", "--seed", "4") == 0
+    assert [s for s in seeds if s != 4] == [S.seed_of(4, "step", i, 0) for i in range(3)]
+
+
 def test_a_result_is_never_that_of_others(evaluate, run, faces, refused, simfle):
     evaluate("linear")
     files = [(p, p.read_bytes()) for p in (run / "linear-faces.json", run / "linear-faces.pt")]
@@ -1101,6 +1108,9 @@ def test_a_result_is_never_that_of_others(evaluate, run, faces, refused, simfle)
                         (["--data", other], "names and sizes was")):
         error = refused(*EVALUATE, "linear", *args)
         assert words in error and "give another --tag, or --fresh" in error
+    fewer = shutil.copytree(faces, run / "fewer/faces")
+    (fewer / "val/0_a/0_a0.png").unlink()
+    assert "test_pictures was" in refused(*EVALUATE, "linear", "--data", fewer)
     assert simfle("--data", faces, *TINY, "--steps", 3) == 0
     assert "start was" in refused(*EVALUATE, "linear")
     evaluate("linear", "--data", other, tag="b")
