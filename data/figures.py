@@ -57,7 +57,7 @@ def sheet(title: str, rows: list[list[Image.Image]], names=(), columns=(), note=
     write(picture, GAP, picture.height - 2 * LINE, note, 12)
     for c, name in enumerate(columns):
         write(picture, left + c * (w + GAP) + w / 2, top - LINE, name, 12, "ma")
-    for r, (row, name) in enumerate(zip_longest(rows, names, fillvalue="")):
+    for r, (row, name) in enumerate(zip_longest(rows, names[:len(rows)], fillvalue="")):
         write(picture, GAP, top + r * (h + GAP) + h / 2, name, anchor="lm")
         for c, one in enumerate(row):
             picture.paste(one, (left + c * (w + GAP), top + r * (h + GAP)))
@@ -73,7 +73,7 @@ def ticks(values: list[float]) -> dict[float, str]:
     return {k * step: f"{k * step:,.9g}" for k in range(first, last + 1)}
 
 
-def plot(title: str, curves: dict, shown=(), below=None, colours=COLOURS) -> Image.Image:
+def plot(title: str, curves: dict, shown=(), below=None) -> Image.Image:
     """Up to four curves {name: [(x, y), ...]}. shown: y must reach these; below: labels of x."""
     def at(u: float, v: float) -> tuple[float, float]:
         return 70 + 320 * (u - u0) / (u1 - u0), 165 - 120 * (v - v0) / (v1 - v0)
@@ -88,7 +88,7 @@ def plot(title: str, curves: dict, shown=(), below=None, colours=COLOURS) -> Ima
         write(picture, 65, at(u0, v)[1], text, 12, "rm")
     for u, text in below.items():
         write(picture, at(u, v0)[0], 170, text, 12, "ma")
-    for i, ((name, points), colour) in enumerate(zip(curves.items(), colours)):
+    for i, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS)):
         write(picture, 70 + i * 320 / len(curves), 26, name, 12, colour=colour)
         draw.line([at(*p) for p in points], colour, 2)
     return picture
@@ -96,7 +96,10 @@ def plot(title: str, curves: dict, shown=(), below=None, colours=COLOURS) -> Ima
 
 def read_log(run: str) -> list[dict]:
     """The lines of a run's log; of a step that stands there twice the last counts."""
-    lines = map(json.loads, Path("runs", run, "log.jsonl").read_text().splitlines())
+    path = Path("runs", run, "log.jsonl")
+    if not path.exists():
+        raise simfle.UserError(f"{path} is missing: pre-train first, or give another RUN")
+    lines = map(json.loads, path.read_text().splitlines())
     return [*{line["step"]: line for line in lines}.values()]
 
 
@@ -105,7 +108,6 @@ def read_faces(paths: list[str], size: int) -> Tensor:
     return torch.stack([simfle.Faces([p], image_size=size)[0, 0]["image"] for p in paths]) / 255
 
 
-@torch.no_grad()
 def reconstruct(model: nn.Module, x: Tensor, groups: list[int], colours: Tensor):
     """Masks faces x (B, 3, 112, 112) in [0, 1] by a channel group each, or without `groups` by the
     model's draw. Returns x with masked patches grey, x with predicted ones, the scores. (Fig. 4)"""
@@ -135,12 +137,13 @@ def figures_masks(model: nn.Module, x: Tensor, colours: Tensor) -> dict[str, Ima
         above.append([cell(p) for p in (face, *masked)])
         above.append([cell(torch.ones_like(face)), *(heat(a, *a.aminmax()) for a in scores)])
     below = [[*map(cell, p)] for p in (x, *reconstruct(model, x, groups[:len(x)], colours)[:2])]
+    too = ", means and contrasts" * model.ffl.mae.norm_pix
     return {"masks": sheet("What the masking keeps (Fig. 4 a)", above, ["masked", "score"] * 3,
                            ["original", *([f"group {g}" for g in groups] or ["one draw"] * 8)],
-                           "Grey patches are masked. Yellow: a map's highest score."),
+                           "Grey: masked. Yellow: a map's highest score. All blue: all are equal."),
             "reconstructions": sheet("Reconstructed from what is kept (Fig. 4 b)", below,
                                      ["original", "masked", "reconstructed"], (),
-                                     "Visible patches, means and contrasts are the original's.")}
+                                     f"Visible patches{too} are the original's.")}
 
 
 def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
@@ -163,7 +166,7 @@ def figure_refinement(logs: dict[str, list[dict]]) -> Image.Image | None:
 def figure_curves(log: list[dict], alpha: float, beta: float) -> Image.Image:
     """The log by step. The terms of Eq. 6 are drawn as they enter the sum."""
     weights, plots = {"L_d": alpha, "L_g": beta}, []
-    for title, *keys in (("terms of the loss (Eq. 6)", "L_s", "L_r", "L_d", "L_g"),
+    for title, *keys in (("terms of the loss (Eq. 6)", "L_d", "L_s", "L_r", "L_g"),
                          ("L_d again, on its own scale", "L_d"), ("learning rate", "lr"),
                          ("mean squared cosine of channels (Eq. 2)", "D2_between", "D2_within"),
                          ("spread of z (0: collapse)", "spread"), ("gradient norm", "gradient")):
@@ -171,8 +174,7 @@ def figure_curves(log: list[dict], alpha: float, beta: float) -> Image.Image:
                   [(line["step"], weights.get(key, 1) * line[key]) for line in log]
                   for key in keys if key in log[0]}
         if curves:
-            plots.append(plot(f"{title}, by step", curves, [0],
-                              colours=COLOURS[2:] if keys == ["L_d"] else COLOURS))
+            plots.append(plot(f"{title}, by step", curves, [0]))
     return sheet("The log", [plots[i:i + 2] for i in range(0, len(plots), 2)])
 
 
@@ -206,7 +208,6 @@ def figure_confusion(result: dict, name: str) -> Image.Image:
                  f"{result['mean_accuracy']:.2f} %, {counts.sum():,.0f} images")
 
 
-@torch.no_grad()
 def grad_cam(path: Path, paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
     """A classifier's pictures (B, 3, H, W), its predictions, and where it looks for these (B, 112,
     112) in [0, 1]: its map, weighted by the logit's gradient, which is `fc`'s row. (Sec. 4.4)"""
@@ -220,8 +221,7 @@ def grad_cam(path: Path, paths: list[str]) -> tuple[Tensor, list[str], Tensor]:
     x = read_faces(paths, saved["size"])
     A = backbone.eval()(simfle.normalise(x, saved["colours"]))
     label = net.fc(A.mean(dim=(2, 3))).argmax(dim=1)
-    cam = torch.einsum("bk,bkhw->bhw", net.fc.weight[label], A).relu()[:, None]
-    cam = nn.functional.interpolate(cam, size=(112, 112), mode="bilinear")[:, 0]
+    cam = TF.resize(torch.einsum("bk,bkhw->bhw", net.fc.weight[label], A).relu(), [112, 112])
     cam = cam / cam.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
     return x, [ORDER.sub("", saved["classes"][k]) for k in label], cam
 
@@ -232,9 +232,8 @@ def figure_attention(seen: dict, classes: list[str]) -> Image.Image:
     wrong = [i for i, true in enumerate(classes) if true not in ("", guess[i])]
     some = [i for i in range(len(x)) if i not in wrong][:5] + wrong[:5]
     rows = [[cell(x[i], text=classes[i]) for i in some]]
-    for x, guess, cam in seen.values():
-        rows.append([cell(x[i], cam[i], guess[i], "black" if classes[i] in ("", guess[i]) else
-                          COLOURS[1]) for i in some])
+    rows += [[cell(x[i], cam[i], guess[i], COLOURS[classes[i] not in ("", guess[i])]) for i in some]
+             for x, guess, cam in seen.values()]
     return sheet("Where the classifier looks (Figs. 1, 6, 8)", rows,
                  ["picture" + "\nand its class" * any(classes), *seen], (),
                  "Below: the prediction, orange if wrong. Yellow: what speaks for it.")
@@ -242,16 +241,14 @@ def figure_attention(seen: dict, classes: list[str]) -> Image.Image:
 
 def some_pictures(data: Path, count: int) -> list[tuple[str, str]]:
     """Pictures and classes from val/, class by class in turn; without classes, pictures and ""."""
-    try:
-        classes, paths, labels = simfle.labelled(data / "val")
-    except simfle.UserError:
-        return [(path, "") for path in simfle.find_pictures(data)[:count]]
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
-    each = [[(paths[i], ORDER.sub("", name)) for i in order if labels[i] == k]
-            for k, name in enumerate(classes)]
+    folders = {ORDER.sub("", p.name): p for p in sorted(data.glob("val/[!.]*/"))} or {"": data}
+    found = [(path, name) for name in folders for path in simfle.find_pictures(folders[name])]
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    each = [[found[i] for i in order if found[i][1] == name] for name in folders]
     return [*filter(None, chain(*zip_longest(*each)))][:count]
 
 
+@torch.no_grad()
 def draw(argv: list[str] | None) -> None:
     """Draws what the command line asks for and the run has."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -265,8 +262,8 @@ def draw(argv: list[str] | None) -> None:
     s = argparse.Namespace(**probe.settings_of(args.name) | {"init": "random"})
     data = simfle.find_data(args.data or s.data)
     paths, classes = zip(*some_pictures(data, 64))
+    logs = {run: read_log(run) for run in runs}
     if not args.init and not args.data:  # what depends on neither
-        logs = {run: read_log(run) for run in runs}
         figures["curves"] = figure_curves(logs[args.name], s.alpha, s.beta)
         figures["refinement"] = figure_refinement(logs)
         for path in sorted(folder.glob("*.json")):
@@ -281,14 +278,11 @@ def draw(argv: list[str] | None) -> None:
         x, colours = read_faces(paths[:8], s.ffl_size), simfle.colours_of(data, torch.device("cpu"))
         figures |= figures_masks(model, x, colours)
     for run in runs if args.init != "random" else ():
-        found = [Path("runs", run, f"{kind}-{Path(d).absolute().name}.pt") for d in (data, s.data)
-                 for kind in ("linear", "probe")]
-        if args.init and run == args.name:
-            found = [Path(args.init)]
-        for path in [*filter(Path.exists, found)][:1]:
-            seen[f"{run}\n{path.stem}"] = grad_cam(path, paths)
-    if seen:
-        figures["attention"] = figure_attention(seen, classes)
+        found = [path for d in (data, s.data) for kind in ("linear", "probe")
+                 if (path := Path("runs", run, f"{kind}-{Path(d).absolute().name}.pt")).exists()]
+        for path in ([Path(args.init)] if args.init and run == args.name else found)[:1]:
+            seen[f"{path.absolute().parent.name}\n{path.stem}"] = grad_cam(path, paths)
+    figures["attention"] = seen and figure_attention(seen, classes)
     of = "-".join(filter(None, (Path(args.init).stem, Path(args.data).name)))
     (folder / "figures" / of).mkdir(exist_ok=True, parents=True)
     for name, picture in figures.items():
