@@ -1459,6 +1459,7 @@ def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, mo
     paths = [str(tmp_path / "face.png")]
     x = torch.full((3, 32, 32), 0.4)
     x[0, 16 * row:, 16 * column:][:16, :16] = 1
+    x[1:] = 0.9  # what does not speak for the answer
     TF.to_pil_image(x).save(paths[0])
     state = {"fc.weight": torch.tensor([[1.0, 0, 0], [-1, 0, 0]]),
              "fc.bias": torch.tensor([9.0, 0])}
@@ -1532,6 +1533,7 @@ def test_the_demo_tells_pixels_untrained_and_trained(monkeypatch, tmp_path, caps
                   "after it", "--data muxspace"):
         assert words in told, told
     assert (tmp_path / "runs/toy/figures/masks.png").exists()
+    assert (tmp_path / "runs/toy/probe-toy-random.json").exists()
 
 
 README = (HERE / "README.md").read_text()

@@ -100,7 +100,7 @@ def read_log(run: str) -> list[dict]:
     if not path.exists():
         raise simfle.UserError(f"{path} is missing: pre-train first, or give another RUN")
     lines = map(json.loads, path.read_text().splitlines())
-    return [*{line["step"]: line for line in lines}.values()]
+    return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
 
 
 def read_faces(paths: list[str], size: int) -> Tensor:
@@ -283,7 +283,7 @@ def draw(argv: list[str] | None) -> None:
         for path in ([Path(args.init)] if args.init and run == args.name else found)[:1]:
             seen[f"{path.absolute().parent.name}\n{path.stem}"] = grad_cam(path, paths)
     figures["attention"] = seen and figure_attention(seen, classes)
-    of = "-".join(filter(None, (Path(args.init).stem, Path(args.data).name)))
+    of = "-".join(filter(None, (Path(args.init).stem, args.data and data.absolute().name)))
     (folder / "figures" / of).mkdir(exist_ok=True, parents=True)
     for name, picture in figures.items():
         if picture:
