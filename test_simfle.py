@@ -1439,8 +1439,9 @@ def test_a_run_without_facemae_has_no_masks(evaluated, faces, monkeypatch, capsy
     assert in_process(*args, cwd=evaluated, monkeypatch=monkeypatch, main=B.main) == 0
     assert figures.main(["alone"]) == 0
     assert [p.stem for p in Path("runs/alone/figures").glob("*.png")] == ["curves"]
-    assert "nosuch" in complaint("nosuch", cwd=evaluated, monkeypatch=monkeypatch, capsys=capsys,
-                                 main=figures.main)
+    for args in (["nosuch"], ["alone", "--compare", "nosuch"], ["alone", "--init", "nosuch"]):
+        assert "nosuch" in complaint(*args, cwd=evaluated, monkeypatch=monkeypatch, capsys=capsys,
+                                     main=figures.main)
 
 
 def test_a_cell_of_the_confusion_matrix_holds_its_number(monkeypatch):
@@ -1476,6 +1477,16 @@ def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, mo
     quadrants = F.avg_pool2d(cam[:, None], 56)[0, 0]
     assert quadrants.argmax().item() == 2 * row + column
     assert quadrants.max() > 2 * quadrants.median()
+
+
+def test_fig4_greys_the_masked_patches_and_leaves_the_visible_ones():
+    x = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    grey, whole, a = figures.reconstruct(small_model().eval(), x, [0, 5], COLOURS)
+    seen = torch.zeros(2, 49).scatter(1, a.argsort(descending=True)[:, :12], 1).view(2, 1, 7, 7)
+    seen = seen.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3) > 0
+    assert torch.equal(grey, torch.where(seen, x, 0.5))
+    close = (whole - x).abs() < 1e-5
+    assert close[seen.expand_as(x)].all() and close[~seen.expand_as(x)].float().mean() < 0.1
 
 
 def test_fig3_adds_up_lines_and_the_last_line_of_a_step_counts(monkeypatch, tmp_path):
