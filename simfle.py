@@ -746,7 +746,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
             if stopping:
                 if world.size > 1:
                     dist.barrier()  # until rank 0 has saved
-                raise Stopped(f"stopped after step {done:,}; the same command resumes")
+                raise Stopped(f"stopped after step {done:,}; repeat it without --fresh to resume")
 
 
 def mean_over_ranks(out: dict[str, Tensor], world: World) -> dict[str, float | list[float]]:
@@ -762,8 +762,8 @@ def report(log: Path, line: dict, speed: str) -> None:
     """Logs and prints a line. After a resume a step may stand in the log twice."""
     with open(log, "a") as file:
         file.write(json.dumps(line) + "\n")
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in line.items() if not isinstance(v, list))
-    print(f"{shown}  {speed}", flush=True)
+    shown = (f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
+    print(f"step {line['step']:,}", *shown, speed, sep="  ", flush=True)
 
 
 # ===== Checkpoints =====
@@ -1195,23 +1195,20 @@ def evaluate(args, world: World) -> dict:
     args.start = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
     net = start_classifier(args, init, classes)
     net.to(world.device, memory_format=torch.channels_last)
-    backbone, colours = make_backbone(net), colours_of(data, world.device)
-    frozen = args.eval == "linear"
-    net.train(not frozen)
+    colours, frozen = colours_of(data, world.device), args.eval == "linear"
+    net.train(not frozen).requires_grad_(not frozen)
+    net.fc.requires_grad_()
 
     def step(trained: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         x, label = normalise(batch["views"][:, 0], colours), batch["label"]
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
-        if frozen:
-            with torch.no_grad():
-                x = backbone(x).mean(dim=(2, 3))
         logits = trained(x).float()
         return {"loss": F.cross_entropy(logits, label),
                 "accuracy": (logits.argmax(dim=1) == label).float().mean()}
 
     name = "-".join(filter(None, (args.eval, os.path.basename(os.path.abspath(data)), args.tag)))
     rarity = 1 / torch.bincount(torch.tensor(train.labels)).double()
-    fit(args, world, net, net.fc if frozen else net, train, step, folder, f"-{name}",
+    fit(args, world, net, net, train, step, folder, f"-{name}",
         cosine=not frozen, weights=rarity[train.labels] if args.oversample else None,
         classes=classes, test_pictures=files_of(val), colours=colours.flatten().tolist())
     confusion = test(args, world, net, val, colours, len(classes))

@@ -791,7 +791,7 @@ def test_a_run_that_ends_at_any_moment_resumes_bit_equal(fault, code, after, for
     workers hear too; by a bug. With any number of workers. A second Ctrl-C kills."""
     got, out = forked(fault, "--data", faces, *LONG, "--workers", 2, cwd=tmp_path)
     assert got == code and ("Traceback" in out) == (code == 1), out
-    sentence = f"simfle: stopped after step {after}; the same command resumes\n"
+    sentence = f"simfle: stopped after step {after}; repeat it without --fresh to resume\n"
     assert out.endswith(sentence) == (code == 143)
     assert simfle("--data", faces, *LONG) == 0
     assert f"steps {after} to 6 of 12 images on 1 × cpu" in capsys.readouterr().out
@@ -1061,8 +1061,14 @@ def test_whole_protocols_train_everything_on_a_cosine(evaluate, run):
 def test_training_pictures_are_cropped_and_flipped_test_pictures_not(evaluate, faces, monkeypatch):
     trains, tests, normalise = [], [], S.normalise
     monkeypatch.setattr(S, "normalise", lambda x, c: (tests.append(x), normalise(x, c))[1])
-    monkeypatch.setattr(S, "make_backbone", lambda net: lambda x: (
-        trains.append(x), torch.zeros(len(x), 256, 1, 1))[1])
+    start = S.start_classifier
+
+    def watched(*args):
+        net = start(*args)
+        net.register_forward_pre_hook(
+            lambda _, x: trains.append(x[0]) if torch.is_grad_enabled() else None)
+        return net
+    monkeypatch.setattr(S, "start_classifier", watched)
     evaluate("linear", "--epochs", "8", "--batch-size", "30", "--oversample")
     _, paths, labels = S.labelled(faces / "train")
     weights = 1 / torch.tensor([14] * 14 + [9] * 9 + [7] * 7).double()  # every class equally often
