@@ -15,9 +15,9 @@ letters are the paper's, except where the text says "ours" or numbers a departur
     python simfle.py --data affectnet --eval                  linear evaluation of that run
 
 `--data` is a folder of pictures, or its name in data/. Results go to runs/affectnet/, or to that of
-`--name`: backbone.pt, a torchvision state dict without `fc`; checkpoint.pt, from which the same
-command resumes; settings.json; log.jsonl, every 20th step's losses. `--eval` adds a classifier,
-linear-affectnet.pt, and its accuracy, linear-affectnet.json.
+`--name`. There backbone.pt is a torchvision state dict without `fc`. From checkpoint.pt the same
+command resumes. settings.json has all settings, log.jsonl the losses of every 20th step. `--eval`
+adds a classifier, linear-affectnet.pt, and its accuracy, linear-affectnet.json.
 
 One step, with B images (sg: no gradient)
 
@@ -94,7 +94,8 @@ from torchvision.transforms import RandomResizedCrop, functional as TF
 def in_fp32(function):
     """Decorator: switches autocast off, upcasts bf16 and half, leaves float64 as it is. (ours)
 
-    bf16 has 8 significant bits. Many of the 49 scores that decide a mask would be equal in it."""
+    bf16 has 8 significant bits. Many of the 49 scores that decide a mask would be equal in it.
+    (Products and convolutions are TF32 on GPUs, with 11 bits: see `join_processes`.)"""
     def upcast(x):
         floating = torch.is_tensor(x) and x.is_floating_point()
         return x.to(torch.promote_types(x.dtype, torch.float32)) if floating else x
@@ -306,8 +307,8 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
 # ===== 3.2 Semantic masking =====
 # A masked autoencoder (MAE) masks patches at random. Here a channel group decides. Its 64 channels
 # are summed to one score map, and the patches with the lowest scores are masked. So what the group
-# responds to stays visible. In every step a group is drawn for each image. (The paper leaves open
-# whether for an image or a batch; authors: an image.) Masks follow MAE: 0 is kept, 1 is masked.
+# responds to stays visible. In every step a group is drawn for each image, as the authors do. The
+# paper leaves open whether for an image or a batch. Masks follow MAE: 0 is kept, 1 is masked.
 
 
 @in_fp32
@@ -354,8 +355,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 # Ours: we write a gradient down. The hypothesis is that masks will then keep what is hard to
 # reconstruct. Take the masked patches of one image. The score of a patch with more than their mean
 # error ē should increase, that of one with less should decrease. The forward pass keeps its mask M
-# of zeros and ones. Only the gradient uses a soft mask, a sigmoid of how far a score lies below the
-# lowest kept score:
+# of zeros and ones. Only the gradient uses a soft mask. It is a sigmoid of how far a score lies
+# below the lowest kept score:
 #
 #     r = the scores, standardised per image        soft_i = sigmoid(r_thr − r_i)
 #
@@ -538,10 +539,10 @@ class FaceMAE(nn.Module):
 
 # ===== 3.3 Connecting two branches =====
 # Where both branches pull at the backbone, the paper's accuracy falls from 44.01 % to 20.98 %
-# (Table 3, d and b). So the map X carries no gradient back, and L_r and L_g train the grouping
-# layer and the autoencoder alone. z_m is the autoencoder's vector of the face, z_v1 and z_v2 are
-# the backbone's of the views. Each softmax is drawn to that of their mean z̄. A third of z̄ is z_m:
-# that is FFL's only way to the backbone. (Sec. 3.2 has the refinement adjust the backbone too; 3.3
+# (Table 3, d and b). So the map X carries no gradient back. L_r and L_g train the grouping layer
+# and the autoencoder alone. z_m is the autoencoder's vector of the face, z_v1 and z_v2 are the
+# backbone's vectors of the views. Each softmax is drawn to that of their mean z̄, and a third of z̄
+# is z_m: that is FFL's only way to the backbone. (Sec. 3.2 has the refinement adjust it too; 3.3
 # cuts that path.)
 
 
@@ -601,7 +602,7 @@ class SimFLE(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-            return self.gfl.online.backbone
+        return self.gfl.online.backbone
 
     def forward(self, v1: Tensor, v2: Tensor, I: Tensor) -> dict[str, Tensor]:
         # 3.1 What is the same in two views?
@@ -726,8 +727,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
             out["stop"] = torch.full((), float(len(stop)), device=world.device)
             values = mean_over_ranks(out, world)
             if not math.isfinite(values["loss"] + values["gradient"]):
-                raise UserError(f"loss or gradient of step {i + 1:,} is not finite, it was not "
-                                f"taken: resume with a lower --lr (an evaluation: --tag too)")
+                raise UserError(f"loss or gradient of step {i + 1:,} is not finite: resume with a "
+                                f"lower --lr, or if that does not help start over with --fresh")
             optimizer.step()
             optimizer.zero_grad()
             if hasattr(model, "update"):
@@ -746,7 +747,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
             if stopping:
                 if world.size > 1:
                     dist.barrier()  # until rank 0 has saved
-                raise Stopped(f"stopped after step {done:,}; repeat it without --fresh to resume")
+                raise Stopped(f"stopped after step {done:,}; the same command (no --fresh) resumes")
 
 
 def mean_over_ranks(out: dict[str, Tensor], world: World) -> dict[str, float | list[float]]:
@@ -838,8 +839,8 @@ def load_file(path: Path) -> dict:
     """Loads a file of `torch.save` to the CPU, without running code that it may carry."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; check --init and --name") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"{path} is missing or cannot be read ({error}); check --init and --name")
     except Exception as error:  # zip, pickle, end of file: torch raises many kinds
         saved = error
     if not isinstance(saved, dict):
@@ -876,7 +877,7 @@ def load_backbone(resnet: nn.Module, init: str | Path, arch: str) -> dict:
         return {}
     saved = (torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
              if init == "imagenet" else load_file(Path(init)))
-    state = saved.get("model", saved)
+    state = saved["model"] if isinstance(saved.get("model"), dict) else saved
     try:
         resnet.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     except (AttributeError, RuntimeError) as error:

@@ -791,7 +791,7 @@ def test_a_run_that_ends_at_any_moment_resumes_bit_equal(fault, code, after, for
     workers hear too; by a bug. With any number of workers. A second Ctrl-C kills."""
     got, out = forked(fault, "--data", faces, *LONG, "--workers", 2, cwd=tmp_path)
     assert got == code and ("Traceback" in out) == (code == 1), out
-    sentence = f"simfle: stopped after step {after}; repeat it without --fresh to resume\n"
+    sentence = f"simfle: stopped after step {after}; the same command (no --fresh) resumes\n"
     assert out.endswith(sentence) == (code == 143)
     assert simfle("--data", faces, *LONG) == 0
     assert f"steps {after} to 6 of 12 images on 1 × cpu" in capsys.readouterr().out
