@@ -541,8 +541,8 @@ class FaceMAE(nn.Module):
 # Where both branches pull at the backbone, the paper's accuracy falls from 44.01 % to 20.98 %
 # (Table 3, d and b). So the map X carries no gradient back. L_r and L_g train the grouping layer
 # and the autoencoder alone. z_m is the autoencoder's vector of the face, z_v1 and z_v2 are the
-# backbone's vectors of the views. Each softmax is drawn to that of their mean z̄, and a third of z̄
-# is z_m: that is FFL's only way to the backbone. (Sec. 3.2 has the refinement adjust it too; 3.3
+# backbone's vectors of the views. Each softmax is drawn to that of their mean z̄. As z_m is a third
+# of z̄, that is FFL's only way to the backbone. (Sec. 3.2 has the refinement adjust it too; 3.3
 # cuts that path.)
 
 
