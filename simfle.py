@@ -253,7 +253,8 @@ class ChannelGrouping(nn.Module):
     """Mixes c′ channels: X (B, 2048, 4, 4) -> C (B, 2048, 4, 4), never negative. (Sec. 3.2)
 
     Departure 1. Paper: "a 1 × 1 convolution layer". BatchNorm and ReLU are the authors'. Weights
-    start random. Authors: one constant, so that all channels and their gradients start equal.
+    start random. Authors: one constant. All channels then start equal, and all 32 groups give one
+    mask.
 
         # needs in_fp32, unit, grouping_loss
         C = ChannelGrouping(2048)(torch.randn(2, 2048, 4, 4))
@@ -801,7 +802,8 @@ def resume(args, world: World, model: nn.Module, optimizer: torch.optim.SGD, sam
         try:
             saved = load_file(path)
             was = saved.get("same", {})
-            differ = [f"{k} was {was.get(k)}, is {v}" for k, v in same.items() if was.get(k) != v]
+            differ = [f"{k} was {was.get(k)!r}, is {same[k]!r}" for k in same
+                      if was.get(k) != same[k]]
             if differ:
                 raise UserError(f"{path} is of another run ({'; '.join(differ)}): give another "
                                 f"--{'tag' if args.eval else 'name'}, or --fresh to start over")
@@ -1197,6 +1199,7 @@ def evaluate(args, world: World) -> dict:
     net = start_classifier(args, init, classes)
     net.to(world.device, memory_format=torch.channels_last)
     colours, frozen = colours_of(data, world.device), args.eval == "linear"
+    test(args, world, net, val, colours, len(classes))  # an unreadable picture ends it now
     net.train(not frozen).requires_grad_(not frozen)
     net.fc.requires_grad_()
 
