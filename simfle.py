@@ -36,7 +36,7 @@ One step, with B images (sg: no gradient)
         + 0.02 · 2048 · refinement_term(a, mask, error)       value 0; its gradient moves a
     z_m = distil_m(mean of the kept patches' tokens)          (B, 256)
     L_d = distillation_loss(z_m, distil_v(h1), distil_v(h2))  Eq. 5 · 16, FFL's only way to the
-                                                              backbone
+                                                              backbone's weights
     (L_s + L_r + 0.3 L_d + 0.03 L_g).backward()               Eq. 6
     optimizer.step();  target = 0.99 target + 0.01 online     the target has no predictor
 
@@ -48,10 +48,11 @@ Letters
     C_i, D, N_g channel i after grouping, the cosine of two channels, the number of groups
     a_i, γ      the score of patch i, the share of the N_p patches that is masked: N_m of them
     e_i, κ      (ours) the reconstruction error of patch i; κ c′ is the refinement's weight
+    z1, h1      (ours) the projection of view v1, its pooled features
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
 
-"Authors:" says what their public code does. Departures part from the paper or from it; the README
+"Authors:" says what their public code does. Departures part from it or from the paper; the README
 has the list. Accuracies have not been reproduced, and nothing has run on a GPU yet.
 """
 
@@ -87,8 +88,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import RandomResizedCrop, functional as TF
 
 # ================================ Part I: the method ================================
-# Nothing here knows settings, files or processes. So each piece can be pasted elsewhere, with the
-# imports above and what its example needs. Shapes are those of the paper's setting; B is the batch.
+# Nothing here knows settings, files or processes. So a piece with an example can be pasted into
+# other files, with the imports above and what it needs. Shapes are the paper's; B is the batch.
 
 
 def in_fp32(function):
@@ -253,8 +254,7 @@ class ChannelGrouping(nn.Module):
     """Mixes c′ channels: X (B, 2048, 4, 4) -> C (B, 2048, 4, 4), never negative. (Sec. 3.2)
 
     Departure 1. Paper: "a 1 × 1 convolution layer". BatchNorm and ReLU are the authors'. Weights
-    start random. Authors: one constant. All channels then start equal, and all 32 groups give one
-    mask.
+    start random. Authors: one constant, with which all 32 groups give one mask at first.
 
         # needs in_fp32, unit, grouping_loss
         C = ChannelGrouping(2048)(torch.randn(2, 2048, 4, 4))
@@ -279,15 +279,15 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     times, in the second 1, ½, ½, 1: together 7. Between the groups it is 0, ½, 0, ½, each twice:
     together 2. Uᵀ U = [2.5 0.5; 0.5 1.5] has squares that sum to 9 = 2 + 7. L_g = (2 − 7)/4.
 
-    Departure 2: over c′, so that a channel's gradient does not grow with c′; `unit` bounds it.
-    Authors: (Σ_ij (cosine, mean over the batch, less 1 within or 0 between groups)²)².
+    Departure 2: divided by c′, else a channel's gradient grows with c′. Authors: (Σ_ij (D_ij −
+    s_ij)²)², with D_ij the mean cosine over the batch, s_ij 1 within groups and 0 between them.
 
     Args:
         C: grouped channels (B, c′, h′, w′). Time and memory grow with (h′w′)².
         groups: N_g; divides c′.
     Returns:
         L_g: scalar, Eq. 2 divided by c′, mean over the batch.
-        D2_between, D2_within: for the log, mean D² of two channels of different groups, of one.
+        D2_between, D2_within: for the log, mean D² of two channels of different, of equal groups.
 
         # needs in_fp32, unit
         C = torch.rand(2, 2048, 4, 4, requires_grad=True)
@@ -299,7 +299,7 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     gram = U.mT @ U  # (B, 32, 16, 16): U_gᵀ U_g
     within = gram.square().sum(dim=(1, 2, 3))
     between = gram.sum(dim=1).square().sum(dim=(1, 2)) - within
-    k, itself = c // groups, U.square().sum(dim=(1, 2, 3))  # D(C_i, C_i)²: 1, or 0 where C_i is 0
+    k, itself = c // groups, U.square().sum(dim=(1, 2, 3))  # Σ_i D(C_i, C_i)², with 0 for zeros
     D2_between = between.detach().mean() / (c * (c - k))
     D2_within = (within - itself).detach().mean() / (c * (k - 1))
     return (between - within).mean() / c, D2_between, D2_within
@@ -327,7 +327,7 @@ def patch_scores(C: Tensor, group: Tensor, groups: int, image_size: int, patch: 
 def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Masks the patches with the lowest scores. (Sec. 3.2)
 
-    Departure 3: between equal scores, such as 0, chance decides. Authors: their sort's order.
+    Departure 3: between equal scores near 0 chance decides. Authors: their sort's order.
 
     Args:
         a: scores (B, N_p), N_p ≥ 2.
@@ -366,8 +366,8 @@ def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 #     1/N_m Σ_i M_i (e_i − ē)(soft_i − soft_i.detach())
 #
 # Its gradient with respect to r_i is −M_i (e_i − ē) soft_i (1 − soft_i) / N_m. Without ē the score
-# of every masked patch would increase, hard or easy. Kept patches have no error in Eq. 4. Their
-# scores move all the same, since standardising ties the scores of an image together.
+# of every masked patch would increase, hard or easy. A kept patch has no error in Eq. 4. Its score
+# moves only because standardising ties the scores of an image together.
 
 
 @in_fp32
@@ -495,7 +495,7 @@ class FaceMAE(nn.Module):
         groups: N_g; divides c′.
         ratio: γ, the share of the patches that is masked.
         kappa: κ. With 0 L_r does not train the masking, as in the authors' code.
-        image_size, patch: pixels a side of I and of a patch.
+        image_size, patch: pixels a side of I and of a patch, which divides it.
         autoencoder: further arguments of `MaskedAutoencoder`.
     Forward:
         X, I: the backbone's map (B, 2048, 4, 4), without gradient; images (B, 3, 112, 112).
@@ -530,8 +530,8 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Paper: "We compute the loss only for the N_m masked patches".
         L_r = (error * mask).sum() / mask.sum()
-        # A score sums c′/N_g channels and is standardised: each gets N_g/c′ of the gradient. Its
-        # group is drawn 1 time in N_g. Both make 1/c′, which L_g's has not. Hence the factor c′.
+        # The term's gradient to one channel is of order 1/c′: a score sums c′/N_g similar channels
+        # before it is standardised, and their group is drawn 1 time in N_g. Factor c′ undoes that.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -542,9 +542,9 @@ class FaceMAE(nn.Module):
 # Where both branches pull at the backbone, the paper's accuracy falls from 44.01 % to 20.98 %
 # (Table 3, d and b). So the map X carries no gradient back. L_r and L_g train the grouping layer
 # and the autoencoder alone. z_m is the autoencoder's vector of the face, z_v1 and z_v2 are the
-# backbone's vectors of the views. Each softmax is drawn to that of their mean z̄. As z_m is a third
-# of z̄, that is FFL's only way to the backbone. (Sec. 3.2 has the refinement adjust it too; 3.3
-# cuts that path.)
+# backbone's vectors of the views. Each softmax is drawn to that of their mean z̄, of which z_m is a
+# third. That is FFL's only way to the backbone's weights. (By Sec. 3.2 the refinement adjusts the
+# backbone too; 3.3 cuts that path.)
 
 
 @in_fp32
@@ -609,9 +609,9 @@ class SimFLE(nn.Module):
         # 3.1 What is the same in two views?
         L_s, hs, z1 = self.gfl(v1, v2)
 
-        # 3.2 What must be seen to predict the rest? In train mode: BatchNorm's running statistics
-        # move by I too. After the views: PyTorch 2.8's autocast would else reuse for them the bf16
-        # weights that it makes here, which pass no gradient.
+        # 3.2 What must be seen to predict the rest? In train mode, so I moves BatchNorm's running
+        # statistics too. This stands behind the views: autocast of PyTorch 2.8 would reuse for them
+        # the bf16 weights of this pass, and those have no gradient.
         with torch.no_grad():
             X = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -682,7 +682,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
     """Trains and resumes, for pre-training and evaluation. (Sec. 4.1)
 
     `step(net, batch)` returns a dict of tensors with `loss`. `trained` is the part of `model` that
-    the optimiser moves. `weights` are those of `batches`. `more` must be equal to resume."""
+    DDP wraps: here all. `weights` are those of `batches`. `more` must be equal to resume."""
     per_rank = min(args.batch_size, len(faces)) // world.size
     batch = per_rank * world.size  # departure 8: 255 on three ranks, and no smaller last batch
     if per_rank < 2:
@@ -705,8 +705,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
               f"{world.size} × {world.device.type}{' in bf16' if args.bf16 else ''}", flush=True)
         if first == 0:
             log.unlink(missing_ok=True)
-    # Departure 9: DDP, which sends rank 0's weights to all; BatchNorm sees a rank's images alone.
-    # With `find_unused_parameters` a resumed run adds gradients in the same order.
+    # Departure 9: DDP (authors: DataParallel); BatchNorm sees a rank's images alone. With
+    # `find_unused_parameters` DDP adds gradients in one order, so resumed runs are bit-equal.
     net = trained if world.size == 1 else nn.parallel.DistributedDataParallel(
         trained, find_unused_parameters=True)
     mine = batches(len(faces), per_rank, range(first, last), args.seed, world, weights)
@@ -752,7 +752,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
 
 
 def mean_over_ranks(out: dict[str, Tensor], world: World) -> dict[str, float | list[float]]:
-    """Tensors as plain numbers. The only place of a step where the host waits for the device."""
+    """Means as plain numbers. The only place of a step where the host waits for the device."""
     flat = torch.cat([v.detach().float().flatten() for v in out.values()])
     if world.size > 1:
         dist.all_reduce(flat)
@@ -937,8 +937,8 @@ def resize(x: Tensor, size: int) -> Tensor:
 
 
 class Faces(Dataset):
-    """What a step needs of one picture, uint8: `views`, random crops (crops, 3, 224, 224); `image`,
-    the whole (3, 112, 112); `label`. Size 0 or 0 crops leave one out. (Sec. 4.1)"""
+    """What a step needs of one picture: `views`, crops at random (crops, 3, 224, 224), and `image`,
+    the whole (3, 112, 112), both uint8; `label`. Size 0 or 0 crops leave one out. (Sec. 4.1)"""
     def __init__(self, paths: list[str], seed: int = 0, image_size: int = 0, view_size: int = 0,
                  crops: int = 0, crop_min: float = 0.08, labels: list[int] | None = None):
         self.paths, self.labels, self.seed, self.image_size = paths, labels, seed, image_size
@@ -1034,7 +1034,7 @@ def augment(x: Tensor, colours: Tensor) -> Tensor:
     """SimCLR's augmentation (Chen et al., 2020) at strength 1, except the crop. (Sec. 4.1)
 
     Args:
-        x: square crops (B, 3, H, H), uint8.
+        x: square crops (B, 3, H, H), uint8 or in [0, 1].
         colours: mean and standard deviation of the channels, of pixels in [0, 1]: (2, 3, 1, 1).
     Returns:
         (B, 3, H, H), normalised, fp32, channels last in memory.
@@ -1050,7 +1050,7 @@ def augment(x: Tensor, colours: Tensor) -> Tensor:
         return torch.empty(len(x), 1, 1, 1, device=x.device).uniform_(low, high)
 
     grey, size = TF.rgb_to_grayscale, x.shape[3]
-    x = x / 255
+    x = x / 255 if x.dtype == torch.uint8 else x
     x = torch.where(chance(0.5), x.flip(3), x)
     y = x
     for kind in torch.randperm(4).tolist():  # departure 13: one order for all (SimCLR: an image's)
@@ -1273,7 +1273,7 @@ PRESETS = {"paper": {}, "laptop": dict(
 
 
 def read_settings(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, on top of the protocol, the preset and the paper's defaults."""
+    """The command line, on top of the protocol, the run or preset, and the paper's defaults."""
     parser = argparse.ArgumentParser(description="SimFLE (defaults: the paper's pre-training)",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -1283,7 +1283,7 @@ def read_settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="simfle", choices=MODELS, help="what is pre-trained")
     add("--eval", nargs="?", const="linear", choices=PROTOCOLS, help="evaluate a run (B)")
     add("--fresh", action="store_true", help="start over where there is a checkpoint")
-    add("--init", default="", help="random, imagenet or a file; for --eval default is the run's")
+    add("--init", default="", help="random, imagenet or a file; --eval's default: the run's")
     add("--epochs", type=int, default=100, help="passes over the pictures (4.1)")
     add("--steps", type=int, default=0, help="steps in place of epochs")
     add("--batch-size", type=int, default=256, help="images a step, over all processes (4.1)")
@@ -1319,7 +1319,7 @@ def read_settings(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--data is missing: give a folder of faces, or run `python data/demo.py`")
     name = args.name or os.path.basename(os.path.abspath(args.data))
     run = Path("runs", name, "settings.json")
-    if args.eval and run.exists():  # net and sizes are those of the run
+    if args.eval and run.exists():  # data, net and crops are those of the run
         trained = json.loads(run.read_text())
         inherited = {k: trained[k] for k in ("data", "arch", "view_size", "crop_min")}
         parser.set_defaults(**inherited, run=trained)  # `run` goes into the result

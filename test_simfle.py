@@ -569,7 +569,7 @@ def test_augment_does_to_every_image_what_torchvision_does_with_the_same_draws(s
     for seed in range(size, size + 6):
         torch.manual_seed(seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=seed % 2 == 1):  # changes nothing
-            got = S.augment(x, COLOURS)
+            got = S.augment(x / 255 if seed % 3 else x, COLOURS)
         assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
         torch.manual_seed(seed)
         flip, order = torch.rand(B) < 0.5, torch.randperm(4).tolist()
@@ -1415,9 +1415,6 @@ def test_the_benchmark_tells_rates_and_leaves_nothing_behind(faces, tmp_path, mo
 
 # ===== Figures, the demo, the README =====
 
-import demo
-import figures
-
 
 @pytest.fixture(scope="module")
 def evaluated(faces, tmp_path_factory):
@@ -1438,6 +1435,9 @@ def test_every_figure_of_a_run_is_drawn(evaluated, faces, monkeypatch):
         assert drawn("faces", *args) == 0
         where = folder / Path(args[-1]).name if args else folder
         assert sorted(p.stem for p in where.glob("*.png")) == names.split()
+    trained, untrained = (Image.open(folder / of / "reconstructions.png").crop((0, 0, 999, 400))
+                          for of in (".", "random"))
+    assert trained.tobytes() != untrained.tobytes()
 
 
 def test_a_run_without_facemae_has_no_masks(evaluated, faces, monkeypatch, capsys):
@@ -1460,8 +1460,7 @@ def test_a_cell_of_the_confusion_matrix_holds_its_number(monkeypatch):
 
 
 @pytest.mark.parametrize("row, column", [(0, 0), (1, 0), (0, 1)])
-def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, monkeypatch,
-                                                                 tmp_path):
+def test_grad_cam_lights_what_the_answer_depends_on(row, column, monkeypatch, tmp_path):
     """A net whose map is the picture; its class 0 is what is red."""
     paths = [str(tmp_path / "face.png")]
     x = torch.full((3, 32, 32), 0.4)
@@ -1470,12 +1469,8 @@ def test_grad_cam_lights_the_quadrant_that_the_answer_depends_on(row, column, mo
     TF.to_pil_image(x).save(paths[0])
     state = {"fc.weight": torch.tensor([[1.0, 0, 0], [-1, 0, 0]]),
              "fc.bias": torch.tensor([9.0, 0])}
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.map, self.avgpool, self.fc = nn.AvgPool2d(8), nn.Identity(), nn.Linear(3, 2)
-    monkeypatch.setattr(S, "make_resnet", lambda arch: Net())
+    monkeypatch.setattr(S, "make_resnet", lambda arch: nn.Sequential(S.OrderedDict(
+        map=nn.AvgPool2d(8), avgpool=nn.Identity(), fc=nn.Linear(3, 2))))
     torch.save(dict(model=state, classes=["0_red", "1_not"], arch="", size=32, colours=COLOURS),
                tmp_path / "c.pt")
     _, predicted, cam = figures.grad_cam(tmp_path / "c.pt", paths)
@@ -1512,17 +1507,29 @@ def test_fig3_adds_up_lines_and_the_last_line_of_a_step_counts(monkeypatch, tmp_
 
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, alpha, kappa, accuracy in (("a", 0.3, 1, 40), ("b", 0.2, 1, 30), ("c", 0.2, 1, 50),
-                                         ("d", 0.5, 2, 60)):
-        Path("runs", name).mkdir(parents=True)
+    for name, alpha, kappa, epochs, accuracy in (
+            ("a", 0.3, 1, 9, 40), ("b", 0.2, 1, 9, 30), ("c", 0.2, 1, 9, 50), ("d", 0.5, 2, 9, 60),
+            ("d2", 0.6, 2, 9, 60), ("e", 0.4, 1, 8, 60)):  # other runs, another evaluation
         run = dict(alpha=alpha, beta=1, kappa=kappa, name=name, seed=0)
-        Path("runs", name, "linear-x.json").write_text(
-            json.dumps(dict(accuracy=accuracy, settings=dict(run=run))))
+        settings = dict(run=run, init="random" * (kappa == 2), epochs=epochs, start=name)
+        text(Path(f"runs/{name}/x.json"), json.dumps(dict(accuracy=accuracy, settings=settings)))
+    assert not figures.figure_sweep(Path("runs/d/x.json"))  # an untrained net has no α
     plots = []
     monkeypatch.setattr(figures, "plot", lambda *a: plots.append(a) or Image.new("RGB", (9, 9)))
-    figures.figure_sweep(Path("runs/a/linear-x.json"))
+    figures.figure_sweep(Path("runs/a/x.json"))
     (_, curves, _, below), = plots
     assert curves == {"": [(0, 40.0), (1, 40.0)]} and below == {0: "0.2", 1: "0.3"}
+
+
+def test_a_curve_rises_and_a_wrong_answer_is_orange(monkeypatch):
+    pixels = TF.pil_to_tensor(figures.plot("", {"": [(0, 0), (1, 10)]}))
+    y, x = (pixels == torch.tensor([31, 95, 168])[:, None, None]).all(dim=0).nonzero().T
+    assert y[x == x.max()].max() < 50 < 160 < y[x == x.min()].min()
+    cells, seen = [], {"c": (torch.zeros(3, 3, 4, 4), ["calm", "glad", "calm"], torch.zeros(3, 9))}
+    monkeypatch.setattr(figures, "cell", lambda *a, text="", colour="": (
+        cells.append(a[2:]), Image.new("RGB", (9, 9)))[1])
+    figures.figure_attention(seen, ["calm", "calm", ""])
+    assert cells[3:] == [("calm", "#1f5fa8"), ("calm", "#1f5fa8"), ("glad", "#d55e00")]
 
 
 def test_the_curves_are_the_terms_as_they_enter_the_sum(monkeypatch):
@@ -1542,15 +1549,21 @@ def test_the_demo_tells_pixels_untrained_and_trained(monkeypatch, tmp_path, caps
     small = dict(epochs=1, batch_size=12, view_size=32, ffl_size=28, patch=4, hidden=32, outputs=16)
     monkeypatch.setitem(S.PRESETS, "laptop", S.PRESETS["laptop"] | small)
     monkeypatch.setattr(demo, "HERE", tmp_path)
-    monkeypatch.setattr(demo.toy, "draw_dataset", lambda folder: draw_colours(
-        folder, {"0_a": 14, "1_b": 12}))
+    draw_colours(tmp_path / "toy", {"0_a": 14, "1_b": 12})
+    text(tmp_path / "toy.py")  # draws nothing
     assert in_process(cwd=tmp_path, monkeypatch=monkeypatch, main=demo.main) == 0
     told = capsys.readouterr().out
     for words in ("of 2 expressions", " 50.0 %  by chance", "%  from raw pixels", "before training",
                   "after it", "--data muxspace"):
         assert words in told, told
-    assert (tmp_path / "runs/toy/figures/masks.png").exists()
-    assert (tmp_path / "runs/toy/probe-toy-random.json").exists()
+    made = [tmp_path / "runs/toy" / name for name in (
+        "probe-toy-pixels.json", "probe-toy-random.json", "probe-toy.json", "figures/masks.png")]
+    before = [path.stat().st_mtime_ns for path in made]
+    made[1].unlink()
+    assert demo.main([]) == 0 and told.split("\n\n")[-1] in capsys.readouterr().out
+    assert [path.stat().st_mtime_ns != time for path, time in zip(made, before)] == [0, 1, 0, 0]
+    text(tmp_path / "toy.py", "raise SystemExit(2)")
+    assert demo.main([]) == 2
 
 
 README = (HERE / "README.md").read_text()

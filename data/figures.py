@@ -91,15 +91,15 @@ def plot(title: str, curves: dict, shown=(), below=None) -> Image.Image:
     for i, ((name, points), colour) in enumerate(zip(curves.items(), COLOURS)):
         write(picture, 70 + i * 320 / len(curves), 26, name, 12, colour=colour)
         draw.line([at(*p) for p in points], colour, 2)
+        for u, v in [at(*p) for p in points] if len(points) < 9 else ():
+            draw.ellipse((u - 3, v - 3, u + 3, v + 3), colour)
     return picture
 
 
 def read_log(run: str) -> list[dict]:
     """The lines of a run's log; of a step that stands there twice the last counts."""
-    path = Path("runs", run, "log.jsonl")
-    if not path.exists():
-        raise simfle.UserError(f"{path} is missing: pre-train first, or give another RUN")
-    lines = map(json.loads, path.read_text().splitlines())
+    probe.settings_of(run)  # tells if there is no such run
+    lines = map(json.loads, Path("runs", run, "log.jsonl").read_text().splitlines())
     return [line for _, line in sorted({line["step"]: line for line in lines}.items())]
 
 
@@ -179,15 +179,16 @@ def figure_curves(log: list[dict], alpha: float, beta: float) -> Image.Image:
 
 
 def figure_sweep(path: Path) -> Image.Image | None:
-    """Accuracy by α or β, over the runs that differ in it and the seed alone. (Fig. 5)"""
+    """Accuracy by α or β, over results that differ in it and the seed alone. (Fig. 5)"""
     results, plots = [json.loads(p.read_text()) for p in Path("runs").glob(f"*/{path.name}")], []
-    own = json.loads(path.read_text())["settings"].get("run", {})
-    for key in ("alpha", "beta") if own else ():
-        free, points = {key, "name", "seed", "fresh", "workers", "save_every", "log_every"}, {}
-        for result in results:
-            made = result["settings"].get("run", {})
-            if all(made.get(k) == own[k] for k in own.keys() - free):
-                points.setdefault(made[key], []).append(result["accuracy"])
+    own, free = json.loads(path.read_text())["settings"], {
+        "name", "seed", "fresh", "workers", "save_every", "log_every", "start", "run"}
+    for key in ("alpha", "beta") if "run" in own and not own["init"] else ():  # a run's own net
+        points = {}
+        for s, accuracy in [(result["settings"], result["accuracy"]) for result in results]:
+            pairs = (s, own), (s.get("run", {}), own["run"])
+            if all(a.get(k) == b.get(k) for a, b in pairs for k in (a | b).keys() - free - {key}):
+                points.setdefault(s["run"][key], []).append(accuracy)
         if len(points) > 1:
             curve = [(i, sum(points[v]) / len(points[v])) for i, v in enumerate(sorted(points))]
             plots.append(plot(f"{path.stem}, %, by {key}", {"": curve}, (),
@@ -259,7 +260,7 @@ def draw(argv: list[str] | None) -> None:
     add("--data", default="", help="a folder, or its name in data/; default: the run's")
     args = parser.parse_args(argv)
     runs, folder, figures, seen = [args.name, *args.compare], Path("runs", args.name), {}, {}
-    s = argparse.Namespace(**probe.settings_of(args.name) | {"init": "random"})
+    s = argparse.Namespace(**probe.settings_of(args.name))
     data = simfle.find_data(args.data or s.data)
     paths, classes = zip(*some_pictures(data, 64))
     logs = {run: read_log(run) for run in runs}
@@ -270,11 +271,8 @@ def draw(argv: list[str] | None) -> None:
             if "confusion" in (result := json.loads(path.read_text())):
                 figures[f"confusion-{path.stem}"] = figure_confusion(result, path.stem)
                 figures[f"sweep-{path.stem}"] = figure_sweep(path)
-    torch.manual_seed(s.seed)
-    model = simfle.MODELS[s.model](s).eval()
-    if hasattr(model, "ffl") and args.init in ("", "random"):
-        if not args.init:
-            model.load_state_dict(simfle.load_file(folder / "checkpoint.pt")["model"])
+    if args.init in ("", "random") and "masked" in logs[args.name][0]:
+        model = probe.model_of(args.name, torch.device("cpu"), args.init == "random")
         x, colours = read_faces(paths[:8], s.ffl_size), simfle.colours_of(data, torch.device("cpu"))
         figures |= figures_masks(model, x, colours)
     for run in runs if args.init != "random" else ():

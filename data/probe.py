@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import baselines  # noqa: F401  (their runs can be measured too)
 import simfle
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -137,20 +136,22 @@ def measure_refinement(model: nn.Module, asked: nn.Module, images: Tensor) -> di
                 error_map=error.mean(0).tolist(), keep_map=kept.mean(0).tolist())
 
 
-def model_of(run: str, world: simfle.World) -> nn.Module:
-    """The model of a run's last checkpoint, in eval mode."""
+def model_of(run: str, device: torch.device, untrained: bool = False) -> nn.Module:
+    """The model of a run's last checkpoint, or as it was before training, in eval mode."""
     args = argparse.Namespace(**settings_of(run) | {"init": "random"})
-    model = simfle.MODELS[args.model](args).to(world.device)
+    torch.manual_seed(args.seed)
+    model = simfle.MODELS[args.model](args).to(device)
     if not hasattr(model, "ffl"):
         raise simfle.UserError(f"runs/{run} is of --model {args.model}, which has no masking")
-    model.load_state_dict(simfle.load_file(Path("runs", run, "checkpoint.pt"))["model"])
+    if not untrained:
+        model.load_state_dict(simfle.load_file(Path("runs", run, "checkpoint.pt"))["model"])
     return model.eval()
 
 
 def refinement(args, world: simfle.World) -> None:
     """Measures the refinement on val/, writes the result and prints it."""
     other, data = args.refinement or args.name, simfle.find_data(args.data)
-    model, asked = model_of(args.name, world), model_of(other, world)
+    model, asked = (model_of(name, world.device) for name in (args.name, other))
     size, grid = model.ffl.image_size, model.ffl.mae.grid
     if (size, grid) != (asked.ffl.image_size, asked.ffl.mae.grid):
         raise simfle.UserError(f"{args.name} and {other} have other --ffl-size or --patch")
@@ -195,10 +196,9 @@ def run(argv: list[str] | None) -> None:
     add("--seed", type=int, help="of --init random; default: the run's")
     add("--tag", default="", help="added to the name of the result")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="loader workers")
+    own = settings_of(parser.parse_args(argv).name)
+    parser.set_defaults(run=own, data=own["data"], seed=own["seed"])
     args = parser.parse_args(argv)
-    args.run = settings_of(args.name)
-    args.data = args.data or args.run["data"]
-    args.seed = args.run["seed"] if args.seed is None else args.seed
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (probe if args.refinement is None else refinement)(args, simfle.World(0, 1, device))
 
