@@ -89,7 +89,7 @@ from torchvision.transforms import RandomResizedCrop, functional as TF
 
 # ================================ Part I: the method ================================
 # Nothing here knows settings, files or processes. So a piece with an example can be pasted into
-# other files, with the imports above and what it needs. Shapes are the paper's; B is the batch.
+# other files, with the imports above and what it needs. Shapes are for the paper's settings.
 
 
 def in_fp32(function):
@@ -113,7 +113,7 @@ def unit(x: Tensor, dim: int, floor: float = 0.1) -> Tensor:
     """Scales vectors along `dim` to unit length; a zero vector stays zero. (ours)
 
     The gradient through x/‖x‖ is proportional to 1/‖x‖, and a few vectors near zero would outweigh
-    all others. So in the gradient, and only there, a norm below `floor` counts as `floor`."""
+    all others. So where ‖x‖ < floor the gradient, not the value, is multiplied by ‖x‖/floor."""
     u = F.normalize(x, dim=dim)
     share = x.detach().norm(dim=dim, keepdim=True) / floor
     return torch.lerp(u.detach(), u, share.clamp(max=1))  # value u, gradient share × u's
@@ -294,12 +294,12 @@ def grouping_loss(C: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         L_g, D2_between, D2_within = grouping_loss(C, groups=32)
         L_g.backward()
     """
-    B, c, h, w = C.shape
+    c, k = C.shape[1], C.shape[1] // groups
     U = unit(rearrange(C, "b (g k) h w -> b g k (h w)", g=groups), dim=3)  # (B, 32, 64, 16)
     gram = U.mT @ U  # (B, 32, 16, 16): U_gᵀ U_g
     within = gram.square().sum(dim=(1, 2, 3))
     between = gram.sum(dim=1).square().sum(dim=(1, 2)) - within
-    k, itself = c // groups, U.square().sum(dim=(1, 2, 3))  # Σ_i D(C_i, C_i)², with 0 for zeros
+    itself = U.square().sum(dim=(1, 2, 3))  # Σ_i D(C_i, C_i)²; 0 is added where C_i is 0
     D2_between = between.detach().mean() / (c * (c - k))
     D2_within = (within - itself).detach().mean() / (c * (k - 1))
     return (between - within).mean() / c, D2_between, D2_within
@@ -327,7 +327,7 @@ def patch_scores(C: Tensor, group: Tensor, groups: int, image_size: int, patch: 
 def mask_lowest(a: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """Masks the patches with the lowest scores. (Sec. 3.2)
 
-    Departure 3: between equal scores near 0 chance decides. Authors: their sort's order.
+    Departure 3: between scores that ReLU made 0 chance decides. Authors: their sort's order.
 
     Args:
         a: scores (B, N_p), N_p ≥ 2.
@@ -530,8 +530,8 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Paper: "We compute the loss only for the N_m masked patches".
         L_r = (error * mask).sum() / mask.sum()
-        # The term's gradient to one channel is of order 1/c′: a score sums c′/N_g similar channels
-        # before it is standardised, and their group is drawn 1 time in N_g. Factor c′ undoes that.
+        # Why c′? A channel gets N_g/c′ of its score's gradient, as c′/N_g similar ones are summed,
+        # then standardised. And its group is drawn 1 time in N_g. Together that is 1/c′.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -610,8 +610,8 @@ class SimFLE(nn.Module):
         L_s, hs, z1 = self.gfl(v1, v2)
 
         # 3.2 What must be seen to predict the rest? In train mode, so I moves BatchNorm's running
-        # statistics too. This stands behind the views: autocast of PyTorch 2.8 would reuse for them
-        # the bf16 weights of this pass, and those have no gradient.
+        # statistics too. After the views, as PyTorch 2.8's autocast keeps bf16 copies of weights.
+        # Made here, without gradient, they would serve the views as well.
         with torch.no_grad():
             X = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -681,8 +681,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
         **more) -> None:
     """Trains and resumes, for pre-training and evaluation. (Sec. 4.1)
 
-    `step(net, batch)` returns a dict of tensors with `loss`. `trained` is the part of `model` that
-    DDP wraps: here all. `weights` are those of `batches`. `more` must be equal to resume."""
+    `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`, all of `model` or
+    a part. `weights` are those of `batches`. `more` is what else must be equal to resume."""
     per_rank = min(args.batch_size, len(faces)) // world.size
     batch = per_rank * world.size  # departure 8: 255 on three ranks, and no smaller last batch
     if per_rank < 2:
@@ -690,7 +690,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
                         f"{world.size} processes; give more pictures or a larger --batch-size")
     per_epoch = len(faces) // batch
     last = args.steps or args.epochs * per_epoch
-    peak = args.lr * batch / 256
+    peak = args.lr * batch / 256  # ours: in proportion to the batch
     parameters = [p for p in trained.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=peak, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=True)
@@ -705,8 +705,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
               f"{world.size} × {world.device.type}{' in bf16' if args.bf16 else ''}", flush=True)
         if first == 0:
             log.unlink(missing_ok=True)
-    # Departure 9: DDP (authors: DataParallel); BatchNorm sees a rank's images alone. With
-    # `find_unused_parameters` DDP adds gradients in one order, so resumed runs are bit-equal.
+    # Departure 9: DDP (authors: DataParallel); BatchNorm sees a rank's images alone. By default DDP
+    # regroups gradients after its first step: a resumed run would add them in another order.
     net = trained if world.size == 1 else nn.parallel.DistributedDataParallel(
         trained, find_unused_parameters=True)
     mine = batches(len(faces), per_rank, range(first, last), args.seed, world, weights)
@@ -728,8 +728,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
             out["stop"] = torch.full((), float(len(stop)), device=world.device)
             values = mean_over_ranks(out, world)
             if not math.isfinite(values["loss"] + values["gradient"]):
-                raise UserError(f"loss or gradient of step {i + 1:,} is not finite: resume with a "
-                                f"lower --lr, or if that does not help start over with --fresh")
+                raise UserError(f"loss or gradient of step {i + 1:,} is not finite: a lower --lr "
+                                f"may help, or if it does not then a new start by --fresh")
             optimizer.step()
             optimizer.zero_grad()
             if hasattr(model, "update"):
@@ -752,7 +752,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
 
 
 def mean_over_ranks(out: dict[str, Tensor], world: World) -> dict[str, float | list[float]]:
-    """Means as plain numbers. The only place of a step where the host waits for the device."""
+    """Means over the ranks, as plain numbers. Only here a step waits for its device."""
     flat = torch.cat([v.detach().float().flatten() for v in out.values()])
     if world.size > 1:
         dist.all_reduce(flat)
@@ -794,7 +794,7 @@ def resume(args, world: World, model: nn.Module, optimizer: torch.optim.SGD, sam
            path: Path) -> int:
     """Fills rank 0's model and every rank's momentum buffers. Returns the steps done."""
     parameters = optimizer.param_groups[0]["params"]
-    momentum = [torch.zeros_like(p) for p in parameters]  # with zeros SGD's first step is the same
+    momentum = [torch.zeros_like(p) for p in parameters]  # zeros at the start, as in SGD itself
     told = [0, ""]  # steps and trouble, from rank 0 to all
     if world.rank == 0 and args.fresh:
         path.unlink(missing_ok=True)
@@ -948,7 +948,7 @@ class Faces(Dataset):
         return len(self.paths)
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """A picture and its index; in training the next one where it cannot be read."""
+        """A picture and its index; in training one of the next 63 if it cannot be read."""
         for i in range(index, index + (64 if self.crops else 1)):
             i %= len(self)
             try:
@@ -1127,7 +1127,7 @@ def ignore_signals(worker: int) -> None:
 # ================================ Part III: evaluation ================================
 # Trained on pictures in train/CLASS/, tested on val/CLASS/. B.1 trains a linear classifier on the
 # frozen backbone, B.2 the whole net on a share of the labels, B.3 and B.4 the whole net from B.1's
-# result. Rates are per 256 images: B.1's is 2.0 for 1024.
+# result (`--init`). Rates are per 256 images: B.1's is 2.0 for 1024.
 
 PROTOCOLS = {"linear": dict(epochs=100, batch_size=1024, lr=0.5, weight_decay=0.0),
              "semi": dict(epochs=100, batch_size=512, lr=0.025, weight_decay=1e-4),
@@ -1314,7 +1314,7 @@ def read_settings(argv: list[str] | None = None) -> argparse.Namespace:
         // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)), help="loader workers of a process")
     add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--log-every", type=int, default=20, help="steps between lines of the log")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # tells the run and the protocol, which set defaults for below
     if not (args.data or args.eval and args.name):
         raise UserError("--data is missing: give a folder of faces, or run `python data/demo.py`")
     name = args.name or os.path.basename(os.path.abspath(args.data))
@@ -1344,7 +1344,7 @@ def main(argv: list[str] | None = None) -> int:
         fixable = isinstance(error, UserError)
         if not fixable:
             traceback.print_exc()
-        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a worker's comes with its traceback
+        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a worker's begins with a traceback
             print(f"simfle: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
         traceback.clear_frames(error.__traceback__)  # they hold loader workers, which would stay
         return error.code if fixable else 1
