@@ -501,7 +501,7 @@ class FaceMAE(nn.Module):
         X, I: the backbone's map (B, 2048, 4, 4), without gradient; images (B, 3, 112, 112).
         Returns L_r and L_g, scalars; the kept patches' tokens (B, 12, 768), highest score first;
         and a dict for the log: D2_between, D2_within, and by patch (49,) the sum of its errors
-        where it was masked and how often it was (Fig. 3).
+        where it was masked and how often it was (cf. Fig. 3).
 
         # needs in_fp32, unit, ChannelGrouping, grouping_loss, patch_scores, mask_lowest,
         # refinement_term, block, sincos_positions, patch_errors, MaskedAutoencoder
@@ -530,8 +530,8 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Paper: "We compute the loss only for the N_m masked patches".
         L_r = (error * mask).sum() / mask.sum()
-        # Why c′? A channel gets N_g/c′ of its score's gradient, as c′/N_g similar ones are summed,
-        # then standardised. And its group is drawn 1 time in N_g. Together that is 1/c′.
+        # Why c′? A score is the sum of c′/N_g similar channels, and standardising divides by their
+        # number. Each gets N_g/c′ of the gradient, 1 time in N_g. Together that is 1/c′.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -581,7 +581,8 @@ class SimFLE(nn.Module):
         L_g   –          –                      yes              –         –         –
 
     Args:
-        gfl, ffl: `BYOL`, or a module like it; a `FaceMAE` for the channels of its backbone.
+        gfl: `BYOL`, or a module that has its `forward`, `update` and `online.backbone`.
+        ffl: a `FaceMAE` for the channels of that backbone.
         hidden, outputs: widths of the distillation heads.
         alpha, beta, t: weights of L_d and L_g; temperature of the distillation.
     Forward:
@@ -609,9 +610,9 @@ class SimFLE(nn.Module):
         # 3.1 What is the same in two views?
         L_s, hs, z1 = self.gfl(v1, v2)
 
-        # 3.2 What must be seen to predict the rest? In train mode, so I moves BatchNorm's running
-        # statistics too. After the views, as PyTorch 2.8's autocast keeps bf16 copies of weights.
-        # Made here, without gradient, they would serve the views as well.
+        # 3.2 What must be seen to predict the rest? The pass is in train mode: I moves BatchNorm's
+        # running statistics too. It comes after the views. Before them, PyTorch 2.8's autocast
+        # would cache its bf16 weights, which have no gradient, and the views would not train any.
         with torch.no_grad():
             X = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -651,9 +652,6 @@ def seed_of(*key) -> int:
     return zlib.crc32(repr(key).encode())
 
 
-# ===== The loop =====
-
-
 def pretrain(args, world: World) -> None:
     """SimFLE on pictures without labels. (Sec. 4.1)"""
     data, folder = find_data(args.data), Path("runs", args.name)
@@ -681,8 +679,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
         **more) -> None:
     """Trains and resumes, for pre-training and evaluation. (Sec. 4.1)
 
-    `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`, all of `model` or
-    a part. `weights` are those of `batches`. `more` is what else must be equal to resume."""
+    `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`, or
+    a part of it. `weights` are those of `batches`. `more` must be equal to resume, too."""
     per_rank = min(args.batch_size, len(faces)) // world.size
     batch = per_rank * world.size  # departure 8: 255 on three ranks, and no smaller last batch
     if per_rank < 2:
@@ -705,8 +703,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
               f"{world.size} × {world.device.type}{' in bf16' if args.bf16 else ''}", flush=True)
         if first == 0:
             log.unlink(missing_ok=True)
-    # Departure 9: DDP (authors: DataParallel); BatchNorm sees a rank's images alone. By default DDP
-    # regroups gradients after its first step: a resumed run would add them in another order.
+    # Departure 9: DDP, BatchNorm per rank (authors: DataParallel). `find_unused_parameters` keeps
+    # DDP from regrouping gradients after one step: a resumed run adds them in the same order.
     net = trained if world.size == 1 else nn.parallel.DistributedDataParallel(
         trained, find_unused_parameters=True)
     mine = batches(len(faces), per_rank, range(first, last), args.seed, world, weights)
@@ -773,12 +771,12 @@ def report(log: Path, line: dict, speed: str) -> None:
 # resumed ends with the same bits as one that was not.
 
 FREE = {"data", "name", "run", "preset", "fresh", "epochs", "steps", "lr", "weight_decay",
-        "batch_size", "workers", "save_every", "log_every"}  # may change when a run is resumed
+        "batch_size", "workers", "save_every", "log_every"}  # may change, the real batch may not
 
 
 def identity(args, faces: Faces, batch: int) -> dict:
     """What must be equal to resume: settings that are not FREE, the real batch, the pictures. In an
-    evaluation also rate, length and decay, since its result depends on them."""
+    evaluation also rate, length and decay: a result must be that of its settings."""
     free = FREE - {"epochs", "steps", "lr", "weight_decay"} if args.eval else FREE
     same = {k: v for k, v in vars(args).items() if k not in free}
     return same | {"batch": batch, "pictures": len(faces), "their names and sizes": files_of(faces)}
@@ -792,7 +790,7 @@ def files_of(faces: Faces) -> int:
 
 def resume(args, world: World, model: nn.Module, optimizer: torch.optim.SGD, same: dict,
            path: Path) -> int:
-    """Fills rank 0's model and every rank's momentum buffers. Returns the steps done."""
+    """Fills rank 0's model (DDP sends it to all) and every rank's momentum. Returns steps done."""
     parameters = optimizer.param_groups[0]["params"]
     momentum = [torch.zeros_like(p) for p in parameters]  # zeros at the start, as in SGD itself
     told = [0, ""]  # steps and trouble, from rank 0 to all
@@ -1194,7 +1192,7 @@ def evaluate(args, world: World) -> dict:
     B.4. Departure 17: the last epoch counts. (Authors: the best on the test pictures.)"""
     data, folder = find_data(args.data), Path("runs", args.name)
     classes, train, val = read_splits(args, data)
-    init = args.init or folder / "backbone.pt"
+    init = args.init or folder / "backbone.pt"  # the checksum of it is part of the identity
     args.start = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
     net = start_classifier(args, init, classes)
     net.to(world.device, memory_format=torch.channels_last)
@@ -1264,7 +1262,9 @@ def build_simfle(args) -> SimFLE:
     return SimFLE(gfl, ffl, args.hidden, args.outputs, args.alpha, args.beta, args.temperature)
 
 
-MODELS = {"simfle": build_simfle}  # data/baselines.py adds others
+# data/baselines.py adds others: args -> a module with `forward(v1, v2, I)`, which returns a dict of
+# tensors with `loss`; with `backbone`, of `make_backbone`; and with `update()` if it has a target.
+MODELS = {"simfle": build_simfle}
 VITS = {"base": {}, "tiny": dict(width=128, depth=4, heads=4, decoder_width=64, decoder_depth=2,
                                  decoder_heads=4)}
 PRESETS = {"paper": {}, "laptop": dict(
@@ -1344,7 +1344,7 @@ def main(argv: list[str] | None = None) -> int:
         fixable = isinstance(error, UserError)
         if not fixable:
             traceback.print_exc()
-        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a worker's begins with a traceback
+        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a worker's has a traceback first
             print(f"simfle: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
         traceback.clear_frames(error.__traceback__)  # they hold loader workers, which would stay
         return error.code if fixable else 1
