@@ -665,18 +665,18 @@ def pretrain(args, world: World) -> None:
         v1, v2 = (augment(batch["views"][:, k], colours) for k in (0, 1))
         return net(v1, v2, normalise(batch["image"], colours))
 
-    def on_save() -> None:
+    def on_save(done: int) -> None:
         backbone = {k: v.cpu() for k, v in model.backbone.state_dict().items()}
         save_whole(folder / "backbone.pt", backbone)
-        save_whole(folder / "settings.json", vars(args))
+        save_whole(folder / "settings.json", vars(args) | {"done": done})
 
     fit(args, world, model, model, faces, step, folder, on_save=on_save,
         colours=colours.flatten().tolist())
 
 
 def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, step, folder: Path,
-        suffix: str = "", cosine: bool = True, weights: Tensor | None = None, on_save=lambda: None,
-        **more) -> None:
+        suffix: str = "", cosine: bool = True, weights: Tensor | None = None,
+        on_save=lambda done: None, **more) -> None:
     """Trains and resumes, for pre-training and evaluation. (Sec. 4.1)
 
     `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`, or
@@ -740,7 +740,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
                 report(log, {"step": done, "epoch": i // per_epoch + 1, "lr": lr} | values,
                        f"{speed * batch:.0f} images/s, {(last - done) / speed / 60:.0f} min left")
             if world.rank == 0 and (due or done % args.save_every == 0):
-                on_save()
+                on_save(done)
                 save_whole(path, dict(step=done, model=model.state_dict(), same=same,
                                       optimizer=optimizer.state_dict()))
             if stopping:
@@ -809,8 +809,8 @@ def resume(args, world: World, model: nn.Module, optimizer: torch.optim.SGD, sam
             for k, buffer in enumerate(momentum):
                 buffer.copy_(saved["optimizer"]["state"][k]["momentum_buffer"])
             told[0] = saved["step"]
-        except UserError as error:
-            told[1] = str(error)
+        except Exception as error:  # some are load_state_dict's, where code has changed
+            told[1] = " ".join(str(error).split())
     if world.size > 1:
         dist.broadcast_object_list(told, device=world.device)
         for buffer in momentum:

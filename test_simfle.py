@@ -438,8 +438,7 @@ def test_losses_pass_gradcheck_and_keep_float64_and_upcast_bf16_and_half():
     C = seeded(2, 8, 2, 3).double().requires_grad_()
     mask, group = seeded(2, 48, seed=1) > 0, torch.tensor([3, 0])
     pieces = [lambda C: S.similarity_loss(*C.flatten(2).unbind()),
-              lambda C: S.grouping_loss(C, 4)[0],
-              lambda C: S.patch_scores(C, group, 4, 6, 2),
+              lambda C: S.grouping_loss(C, 4)[0], lambda C: S.patch_scores(C, group, 4, 6, 2),
               lambda C: S.patch_errors(C[:1].flatten(2), C[1:].flatten(2), True),
               lambda C: S.distillation_loss(*C.flatten(2).unbind(1)),
               lambda C: S.spread(C.flatten(1))]
@@ -766,8 +765,8 @@ def test_a_run_leaves_log_settings_checkpoint_and_a_backbone_that_others_start_f
         "D2_within", "masked_error", "masked", "gradient"}
     assert len(log[2]["masked"]) == 49 and sum(log[2]["masked"]) == pytest.approx(12 * 37)
     assert saved["step"] == 2 and {*saved} == {"step", "model", "same", "optimizer"}
-    settings = json.loads((folder / "settings.json").read_text())
-    assert settings["data"] == str(faces) and {*settings} == {*vars(S.read_settings(["--data=d"]))}
+    args = S.read_settings(["--data", str(faces), *TINY, "--steps", "2"])
+    assert json.loads((folder / "settings.json").read_text()) == vars(args) | {"done": 2}
     backbone = torch.load(folder / "backbone.pt")
     assert not {*S.make_resnet("small").state_dict()} ^ {*backbone, "fc.weight", "fc.bias"}
     assert all(torch.equal(v, saved["model"][f"gfl.online.backbone.{k}"])
@@ -851,8 +850,7 @@ def test_what_cannot_be_is_one_sentence(faces, run, refused, tmp_path, monkeypat
     (few / "val/1_b").rename(few / "val/1_c")
     (tmp_path / "empty").mkdir(), broken.mkdir()
     (broken / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:9999])
-    for args, words in (
-            ([], "--data is missing.*python data/demo.py"),
+    for args, words in (([], "--data is missing.*python data/demo.py"),
             (["--data", "nowhere"], "there is no folder nowhere"),
             (["--data", "empty"], "empty holds no pictures"),
             (["--data", faces, *TINY, "--batch-size", "1"], "too few.*two on each"),
@@ -863,6 +861,8 @@ def test_what_cannot_be_is_one_sentence(faces, run, refused, tmp_path, monkeypat
             (["--data", faces, "--eval", "--init", "no.pt", *TINY], "no.pt is missing"),
             (["--name", "faces", "--eval", "finetune"], "backbone.pt has none: .*--eval linear")):
         assert re.search(words, refused(*args)), words
+    torch.save(torch.load(run / "checkpoint.pt") | {"model": {}}, run / "checkpoint.pt")
+    assert "Missing key" in refused("--data", faces, *TINY)  # code has changed
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert "srun started several tasks" in refused("--data", faces)
 
@@ -1584,7 +1584,7 @@ def test_the_readme_names_what_there_is():
         for word in re.findall(r"--([a-z-]+)", option if "simfle.py" in option else ""):
             assert hasattr(options, word.replace("no-", "").replace("-", "_")) or word in (
                 "nproc", "nnodes", "rdzv", "nodes", "ntasks-per-node", "gpus-per-node", "signal",
-                "cpus-per-task", "requeue"), word
+                "cpus-per-task", "requeue", "kill-on-bad-exit"), word
     for name in re.findall(r"\((data/[\w./]+)\)", README):
         assert (HERE / name).exists(), name
 
