@@ -1193,7 +1193,7 @@ def evaluate(args, world: World) -> dict:
     data, folder = find_data(args.data), Path("runs", args.name)
     classes, train, val = read_splits(args, data)
     init = args.init or folder / "backbone.pt"  # the checksum of it is part of the identity
-    args.start = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
+    args.init_checksum = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
     net = start_classifier(args, init, classes)
     net.to(world.device, memory_format=torch.channels_last)
     colours, frozen = colours_of(data, world.device), args.eval == "linear"

@@ -182,7 +182,7 @@ def figure_sweep(path: Path) -> Image.Image | None:
     """Accuracy by α or β, over results that differ in it and the seed alone. (Fig. 5)"""
     results, plots = [json.loads(p.read_text()) for p in Path("runs").glob(f"*/{path.name}")], []
     own, free = json.loads(path.read_text())["settings"], {
-        "name", "seed", "fresh", "workers", "save_every", "log_every", "start", "run"}
+        "name", "seed", "fresh", "workers", "save_every", "log_every", "init_checksum", "run"}
     for key in ("alpha", "beta") if "run" in own and not own["init"] else ():  # a run's own net
         points = {}
         for s, accuracy in [(result["settings"], result["accuracy"]) for result in results]:
@@ -256,7 +256,7 @@ def draw(argv: list[str] | None) -> None:
     add = parser.add_argument
     add("name", metavar="RUN", help="the --name of a pre-training")
     add("--compare", nargs="+", default=[], metavar="RUN", help="other runs (Figs. 1, 3 and 6)")
-    add("--init", default="", help="random, or a classifier; default: the run's")
+    add("--init", default="", help="random, or a classifier; default: the run's linear, or probe")
     add("--data", default="", help="a folder, or its name in data/; default: the run's")
     args = parser.parse_args(argv)
     runs, folder, figures, seen = [args.name, *args.compare], Path("runs", args.name), {}, {}

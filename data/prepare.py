@@ -385,7 +385,7 @@ def reasons(skipped: Counter, split: str, *labels: int | None) -> str:
     return "; ".join(f"{n:,} skipped: {why}" for why, n in sorted(count.items()) if n)
 
 
-def report(name: str, pictures: dict[str, Picture], skipped: Counter) -> None:
+def report(name: str, out: Path, pictures: dict[str, Picture], skipped: Counter) -> None:
     """Prints what was written and left out, class by class, beside Table 5."""
     written = Counter((p.split, p.label) for p in pictures.values())
     for split in sorted({split for split, _ in written}):
@@ -396,7 +396,7 @@ def report(name: str, pictures: dict[str, Picture], skipped: Counter) -> None:
                               (*paper, sum(paper))):
             beside = f"{m:9,} {n - m:+9,}" if m else f"{'-':>9} {'-':>9}"
             print(f"{c:12} {n:9,} {beside}  {reasons(skipped, split, k)}".rstrip())
-    print(f"\n{len(pictures):,} pictures. {reasons(skipped, '')}")
+    print(f"\n{out}: {len(pictures):,} pictures. {reasons(skipped, '')}")
 
 
 def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
@@ -424,7 +424,7 @@ def prepare(name: str, src: Path, out: Path, size: int, workers: int) -> None:
     if name == "affectnet" and not seven.exists():
         link_seven(part, out, seven)
     part.rename(out)
-    report(name, pictures, skipped)
+    report(name, out, pictures, skipped)
 
 
 def main(argv: list[str] | None = None) -> int:
