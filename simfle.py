@@ -47,7 +47,7 @@ Letters
     X, c′       the backbone's map of I, its number of channels
     C_i, D, N_g channel i after grouping, the cosine of two channels, the number of groups
     a_i, γ      the score of patch i, the share of the N_p patches that is masked: N_m of them
-    e_i, κ      (ours) the reconstruction error of patch i; κ c′ is the refinement's weight
+    e_i, κ      (ours) the reconstruction error of patch i; κ c′ weighs the refinement of a (3.2)
     z1, h1      (ours) the projection of view v1, its pooled features
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
@@ -530,8 +530,8 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Paper: "We compute the loss only for the N_m masked patches".
         L_r = (error * mask).sum() / mask.sum()
-        # Why c′? A score is the sum of c′/N_g similar channels, and standardising divides by their
-        # number. Each gets N_g/c′ of the gradient, 1 time in N_g. Together that is 1/c′.
+        # Why c′? A channel gets 1/c′ of the gradient: its group is drawn 1 time in N_g, and
+        # standardising divides by the number of similar channels that a score sums, c′/N_g.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -611,8 +611,8 @@ class SimFLE(nn.Module):
         L_s, hs, z1 = self.gfl(v1, v2)
 
         # 3.2 What must be seen to predict the rest? The pass is in train mode: I moves BatchNorm's
-        # running statistics too. It comes after the views. Before them, PyTorch 2.8's autocast
-        # would cache its bf16 weights, which have no gradient, and the views would not train any.
+        # running statistics too. It comes after the views. If it came first, PyTorch 2.8's autocast
+        # would cache bf16 weights without gradient, use them for the views, and never train them.
         with torch.no_grad():
             X = self.backbone(I)
         L_r, L_g, tokens, logged = self.ffl(X, I)
@@ -679,8 +679,8 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
         on_save=lambda done: None, **more) -> None:
     """Trains and resumes, for pre-training and evaluation. (Sec. 4.1)
 
-    `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`, or
-    a part of it. `weights` are those of `batches`. `more` must be equal to resume, too."""
+    `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`,
+    other callers may pass a part. `weights` is for `batches`. `more` must be equal to resume."""
     per_rank = min(args.batch_size, len(faces)) // world.size
     batch = per_rank * world.size  # departure 8: 255 on three ranks, and no smaller last batch
     if per_rank < 2:
@@ -704,7 +704,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
         if first == 0:
             log.unlink(missing_ok=True)
     # Departure 9: DDP, BatchNorm per rank (authors: DataParallel). `find_unused_parameters` keeps
-    # DDP from regrouping gradients after one step: a resumed run adds them in the same order.
+    # DDP from rebuilding its buckets after a first step: resumed runs add in the same order.
     net = trained if world.size == 1 else nn.parallel.DistributedDataParallel(
         trained, find_unused_parameters=True)
     mine = batches(len(faces), per_rank, range(first, last), args.seed, world, weights)
@@ -1283,7 +1283,7 @@ def read_settings(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", default="simfle", choices=MODELS, help="what is pre-trained")
     add("--eval", nargs="?", const="linear", choices=PROTOCOLS, help="evaluate a run (B)")
     add("--fresh", action="store_true", help="start over where there is a checkpoint")
-    add("--init", default="", help="random, imagenet or a file; --eval's default: the run's")
+    add("--init", default="", help="random, imagenet or a file; --eval linear and semi: the run's")
     add("--epochs", type=int, default=100, help="passes over the pictures (4.1)")
     add("--steps", type=int, default=0, help="steps in place of epochs")
     add("--batch-size", type=int, default=256, help="images a step, over all processes (4.1)")
@@ -1344,7 +1344,7 @@ def main(argv: list[str] | None = None) -> int:
         fixable = isinstance(error, UserError)
         if not fixable:
             traceback.print_exc()
-        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # a worker's has a traceback first
+        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # without a worker's traceback
             print(f"simfle: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
         traceback.clear_frames(error.__traceback__)  # they hold loader workers, which would stay
         return error.code if fixable else 1
