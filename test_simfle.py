@@ -3,8 +3,7 @@
     python -m pytest test_simfle.py
 
 Formulas are checked against slow, obvious versions of themselves. Programs run as users run them,
-with tiny nets. What takes longer is marked `slow` and runs with `-m slow`.
-"""
+with tiny nets. What takes longer is marked `slow` and runs with `-m slow`."""
 
 import argparse
 import ast
@@ -48,7 +47,6 @@ import demo
 import figures
 import prepare
 import probe as P
-import toy
 
 TINY = ["--preset", "laptop", "--batch-size", "12", "--view-size", "32", "--ffl-size", "28",
         "--patch", "4", "--hidden", "32", "--outputs", "16", "--workers", "1", "--log-every", "1",
@@ -1394,6 +1392,9 @@ def test_the_probe_measures_the_refinement_of_one_or_two_runs(faces, trained, pr
     other = probed("--refinement", name="other")[1]
     assert crossed["error_map"] == own["error_map"] != other["error_map"]
     assert crossed["keep_map"] == other["keep_map"] != own["keep_map"]
+    assert "probe-faces-random:" in probed("--init", "random", name="other")[0]  # its own seed
+    saved = torch.load(trained / "runs/faces/checkpoint.pt")["model"]["ffl.mae.mask_token"]
+    assert torch.equal(P.model_of("faces", CPU.device).ffl.mae.mask_token, saved)
     assert "byol, which has no masking" in probed("--refinement", "alone", code=2)
 
 
@@ -1435,9 +1436,8 @@ def test_every_figure_of_a_run_is_drawn(evaluated, faces, monkeypatch):
         assert drawn("faces", *args) == 0
         where = folder / Path(args[-1]).name if args else folder
         assert sorted(p.stem for p in where.glob("*.png")) == names.split()
-    trained, untrained = (Image.open(folder / of / "reconstructions.png").crop((0, 0, 999, 400))
-                          for of in (".", "random"))
-    assert trained.tobytes() != untrained.tobytes()
+    sheets = [Image.open(p).crop((0, 0, 999, 400)) for p in folder.glob("**/reconstructions.png")]
+    assert len({sheet.tobytes() for sheet in sheets}) == 3  # trained, untrained, other pictures
 
 
 def test_a_run_without_facemae_has_no_masks(evaluated, faces, monkeypatch, capsys):
@@ -1500,9 +1500,8 @@ def test_fig3_adds_up_lines_and_the_last_line_of_a_step_counts(monkeypatch, tmp_
     shown = []
     monkeypatch.setattr(figures, "heat", lambda v, *more: shown.append(v) or Image.new("L", (9, 9)))
     figures.figure_refinement({"r": figures.read_log("r")})
-    error, kept = shown
-    assert error.tolist() == [2, 1, 0, 0]  # (2 + 6) / (1 + 3), ...
-    assert torch.allclose(kept, 1 - 3 * torch.tensor([4, 2, 4, 4]) / 14)
+    assert shown[0].tolist() == [2, 1, 0, 0]  # (2 + 6) / (1 + 3), ...
+    assert torch.allclose(shown[1], 1 - 3 * torch.tensor([4, 2, 4, 4]) / 14)
 
 
 def test_fig5_shows_the_runs_that_differ_in_alpha_alone(monkeypatch, tmp_path):
@@ -1522,9 +1521,11 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(monkeypatch, tmp_path):
 
 
 def test_a_curve_rises_and_a_wrong_answer_is_orange(monkeypatch):
-    pixels = TF.pil_to_tensor(figures.plot("", {"": [(0, 0), (1, 10)]}))
-    y, x = (pixels == torch.tensor([31, 95, 168])[:, None, None]).all(dim=0).nonzero().T
-    assert y[x == x.max()].max() < 50 < 160 < y[x == x.min()].min()
+    for points in ([(3, 4)], [(0, 0), (1, 10)]):  # a single one is a dot
+        pixels = TF.pil_to_tensor(figures.plot("", {"": points}))
+        y, x = (pixels == torch.tensor([31, 95, 168])[:, None, None]).all(dim=0).nonzero().T
+        left, right = y[x == x.min()].min(), y[x == x.max()].max()
+    assert right < 50 < 160 < left
     cells, seen = [], {"c": (torch.zeros(3, 3, 4, 4), ["calm", "glad", "calm"], torch.zeros(3, 9))}
     monkeypatch.setattr(figures, "cell", lambda *a, text="", colour="": (
         cells.append(a[2:]), Image.new("RGB", (9, 9)))[1])
@@ -1553,15 +1554,16 @@ def test_the_demo_tells_pixels_untrained_and_trained(monkeypatch, tmp_path, caps
     text(tmp_path / "toy.py")  # draws nothing
     assert in_process(cwd=tmp_path, monkeypatch=monkeypatch, main=demo.main) == 0
     told = capsys.readouterr().out
-    for words in ("of 2 expressions", " 50.0 %  by chance", "%  from raw pixels", "before training",
-                  "after it", "--data muxspace"):
-        assert words in told, told
+    assert re.search(r"(?s)of 2 expr.* 50.0 %  by chance.*%  from raw.*%  from .*before training.*%"
+                     r"  from .*after it.*--data muxspace", told), told
     made = [tmp_path / "runs/toy" / name for name in (
         "probe-toy-pixels.json", "probe-toy-random.json", "probe-toy.json", "figures/masks.png")]
-    before = [path.stat().st_mtime_ns for path in made]
-    made[1].unlink()
-    assert demo.main([]) == 0 and told.split("\n\n")[-1] in capsys.readouterr().out
-    assert [path.stat().st_mtime_ns != time for path, time in zip(made, before)] == [0, 1, 0, 0]
+    backbone = tmp_path / "runs/toy/backbone.pt"  # touched: trained on since
+    for change, again in ((made[1].unlink, [0, 1, 0, 0]), (backbone.touch, [1, 1, 1, 1])):
+        before = [path.stat().st_mtime_ns for path in made]
+        change()
+        assert demo.main([]) == 0 and told.split("\n\n")[-1] in capsys.readouterr().out
+        assert [path.stat().st_mtime_ns != time for path, time in zip(made, before)] == again
     text(tmp_path / "toy.py", "raise SystemExit(2)")
     assert demo.main([]) == 2
 
@@ -1580,11 +1582,9 @@ def test_the_readme_names_what_there_is():
     for name in re.findall(r"`(\w+)`", table):
         assert hasattr(S, name), name
     options = S.read_settings(["--data", "x"])
-    for option in re.findall(r"`[^`]*`|```.*?```", README, re.DOTALL):
-        for word in re.findall(r"--([a-z-]+)", option if "simfle.py" in option else ""):
-            assert hasattr(options, word.replace("no-", "").replace("-", "_")) or word in (
-                "nproc", "nnodes", "rdzv", "nodes", "ntasks-per-node", "gpus-per-node", "signal",
-                "cpus-per-task", "requeue", "kill-on-bad-exit"), word
+    for texts in re.findall(r"simfle\.py([^\n`]*)|`(--[^`]*)`", README):
+        for word in re.findall(r"--([a-z][a-z0-9-]+)", " ".join(texts)):
+            assert hasattr(options, word.replace("no-", "").replace("-", "_")), word
     for name in re.findall(r"\((data/[\w./]+)\)", README):
         assert (HERE / name).exists(), name
 
