@@ -5,9 +5,8 @@ SimFLE (Simple Facial Landmark Encoding, J. Moon and S. Park, arXiv 2303.07648) 
 backbone, on face photographs without labels. Two tasks share it. Global facial feature learning
 (GFL, Sec. 3.1) maps two random views of a face to similar embeddings. In fine-grained facial
 feature learning (FFL, Sec. 3.2) the backbone's channels decide which patches of a face a masked
-autoencoder gets to see. Distillation exchanges what both have learnt (Sec. 3.3). In the end only
-the backbone is kept. Read this file from the top, with the paper beside it. Sections, equations and
-letters are the paper's, except where the text says "ours" or numbers a departure.
+autoencoder gets to see. Distillation exchanges what both have learnt (Sec. 3.3). Only the backbone
+is kept. Sections, equations and letters are the paper's, but for what is "ours" or a departure.
 
     python data/demo.py                                       the demo, on a laptop
     python simfle.py --data affectnet                         one GPU
@@ -48,7 +47,6 @@ Letters
     C_i, D, N_g channel i after grouping, the cosine of two channels, the number of groups
     a_i, γ      the score of patch i, the share of the N_p patches that is masked: N_m of them
     e_i, κ      (ours) the reconstruction error of patch i; κ c′ weighs the refinement of a (3.2)
-    z1, h1      (ours) the projection of view v1, its pooled features
     z_m, z_v1, z_v2, t    the three distilled vectors and the temperature of their softmax
     L_s, L_r, L_d, L_g    similarity, reconstruction, distillation (weight α), grouping (weight β)
 
@@ -668,7 +666,7 @@ def pretrain(args, world: World) -> None:
     def on_save(done: int) -> None:
         backbone = {k: v.cpu() for k, v in model.backbone.state_dict().items()}
         save_whole(folder / "backbone.pt", backbone)
-        save_whole(folder / "settings.json", vars(args) | {"done": done})
+        save_whole(folder / "settings.json", vars(args) | {"done": done, "processes": world.size})
 
     fit(args, world, model, model, faces, step, folder, on_save=on_save,
         colours=colours.flatten().tolist())
@@ -1098,13 +1096,13 @@ def join_processes() -> World:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that is no longer empty once SIGTERM or Ctrl-C came. A second Ctrl-C kills. A
-    second SIGTERM does not, as a scheduler and torchrun may both send one."""
+    """Yields a list that is no longer empty once SIGTERM or Ctrl-C came. A second Ctrl-C kills a
+    single process. Else both may come twice, of a scheduler and of torchrun."""
     heard, before = [], {}
 
     def hear(kind: int, frame) -> None:
         heard.append(kind)
-        if kind == signal.SIGINT:
+        if kind == signal.SIGINT and "RANK" not in os.environ:
             signal.signal(kind, signal.SIG_DFL)
 
     with contextlib.suppress(ValueError):  # only a main thread can hear signals
@@ -1144,6 +1142,8 @@ def labelled(folder: Path) -> tuple[list[str], list[str], list[int]]:
 def share_of_labels(labels: list[int], share: float, seed: int) -> list[int]:
     """Indices of the images that keep their labels. (B.2; departure 15: the same share of every
     class; the paper does not say.)"""
+    if not 0 < share <= 1:
+        raise UserError(f"--labels {share:g} is no share: 0.1 is 10 % of the labels")
     draw, chosen = torch.Generator().manual_seed(seed_of(seed, "labels")), []
     order = torch.randperm(len(labels), generator=draw).tolist()
     for label in set(labels):
