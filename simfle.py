@@ -768,8 +768,8 @@ def report(log: Path, line: dict, speed: str) -> None:
 # Rank 0 alone reads and writes them. On CPUs, with as many processes, a run that was killed and
 # resumed ends with the same bits as one that was not.
 
-FREE = {"data", "name", "run", "preset", "fresh", "epochs", "steps", "lr", "weight_decay",
-        "batch_size", "workers", "save_every", "log_every"}  # may change, the real batch may not
+FREE = {"data", "name", "run", "fresh", "epochs", "steps", "lr", "weight_decay", "batch_size",
+        "workers", "save_every", "log_every"}  # may change, the real batch may not
 
 
 def identity(args, faces: Faces, batch: int) -> dict:
@@ -1192,8 +1192,8 @@ def evaluate(args, world: World) -> dict:
     B.4. Departure 17: the last epoch counts. (Authors: the best on the test pictures.)"""
     data, folder = find_data(args.data), Path("runs", args.name)
     classes, train, val = read_splits(args, data)
-    init = args.init or folder / "backbone.pt"  # the checksum of it is part of the identity
-    args.init_checksum = zlib.crc32(Path(init).read_bytes()) if Path(init).is_file() else str(init)
+    init = args.init or folder / "backbone.pt"  # its checksum is part of the identity
+    args.start_weights = zlib.crc32(Path(init).read_bytes()) if os.path.isfile(init) else str(init)
     net = start_classifier(args, init, classes)
     net.to(world.device, memory_format=torch.channels_last)
     colours, frozen = colours_of(data, world.device), args.eval == "linear"
@@ -1335,17 +1335,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for. Returns the exit code."""
     try:
         args, world = read_settings(argv), join_processes()
-        if args.eval:
-            evaluate(args, world)
-        else:
-            pretrain(args, world)
+        run = evaluate if args.eval else pretrain
+        run(args, world)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         fixable = isinstance(error, UserError)
         if not fixable:
             traceback.print_exc()
-        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # without a worker's traceback
+        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # split: a worker's has a traceback
             print(f"simfle: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
+        else:
+            time.sleep(2)  # if it ended first, torchrun would end rank 0 before that tells
         traceback.clear_frames(error.__traceback__)  # they hold loader workers, which would stay
         return error.code if fixable else 1
 

@@ -1108,7 +1108,7 @@ def test_a_result_is_never_that_of_others(evaluate, run, faces, refused, simfle)
     files = [(p, p.read_bytes()) for p in (run / "linear-faces.json", run / "linear-faces.pt")]
     other = draw_colours(run / "other/faces", {"0_a": 14, "1_b": 9, "2_c": 7}, seed=1)
     for args, words in ((["--lr", "0.1"], "lr was 0.5, is 0.1"), (["--epochs", "3"], "epochs was"),
-                        (["--seed", "1"], "seed was"), (["--init", "random"], "init_checksum was"),
+                        (["--seed", "1"], "seed was"), (["--init", "random"], "start_weights was"),
                         (["--data", other], "names and sizes was")):
         error = refused(*EVALUATE, "linear", *args)
         assert words in error and "give another --tag, or --fresh" in error
@@ -1116,7 +1116,7 @@ def test_a_result_is_never_that_of_others(evaluate, run, faces, refused, simfle)
     (fewer / "val/0_a/0_a0.png").unlink()
     assert "test_pictures was" in refused(*EVALUATE, "linear", "--data", fewer)
     assert simfle("--data", faces, *TINY, "--steps", 3) == 0
-    assert "init_checksum was" in refused(*EVALUATE, "linear")
+    assert "start_weights was" in refused(*EVALUATE, "linear")
     evaluate("linear", "--data", other, tag="b")
     assert all(path.read_bytes() == content for path, content in files)
     evaluate("linear", "--fresh")
@@ -1510,7 +1510,7 @@ def test_fig5_shows_the_runs_that_differ_in_alpha_alone(monkeypatch, tmp_path):
             ("a", 0.3, 1, 9, 40), ("b", 0.2, 1, 9, 30), ("c", 0.2, 1, 9, 50), ("d", 0.5, 2, 9, 60),
             ("d2", 0.6, 2, 9, 60), ("e", 0.4, 1, 8, 60)):  # other runs, another evaluation
         run = dict(alpha=alpha, beta=1, kappa=kappa, name=name, seed=0)
-        settings = dict(run=run, init="random" * (kappa == 2), epochs=epochs, init_checksum=name)
+        settings = dict(run=run, init="random" * (kappa == 2), epochs=epochs, start_weights=name)
         text(Path(f"runs/{name}/x.json"), json.dumps(dict(accuracy=accuracy, settings=settings)))
     assert not figures.figure_sweep(Path("runs/d/x.json"))  # an untrained net has no α
     plots = []

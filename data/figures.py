@@ -182,7 +182,7 @@ def figure_sweep(path: Path) -> Image.Image | None:
     """Accuracy by α or β, over results that differ in it and the seed alone. (Fig. 5)"""
     results, plots = [json.loads(p.read_text()) for p in Path("runs").glob(f"*/{path.name}")], []
     own, free = json.loads(path.read_text())["settings"], {
-        "name", "seed", "fresh", "workers", "save_every", "log_every", "init_checksum", "run"}
+        "name", "seed", "fresh", "workers", "save_every", "log_every", "start_weights", "run"}
     for key in ("alpha", "beta") if "run" in own and not own["init"] else ():  # a run's own net
         points = {}
         for s, accuracy in [(result["settings"], result["accuracy"]) for result in results]:
