@@ -528,8 +528,8 @@ class FaceMAE(nn.Module):
         error, tokens = self.mae(I, keep)
         # Paper: "We compute the loss only for the N_m masked patches".
         L_r = (error * mask).sum() / mask.sum()
-        # Why c′? A channel gets 1/c′ of the gradient: its group is drawn 1 time in N_g, and
-        # standardising divides by the number of similar channels that a score sums, c′/N_g.
+        # Why c′? A channel gets 1/c′ of the term's gradient to r: its group is drawn 1 time in N_g,
+        # and standardising divides by the number of similar channels that are summed, c′/N_g.
         L_r = L_r + self.kappa * C.shape[1] * refinement_term(a, mask, error)
         logged = {"D2_between": D2_between, "D2_within": D2_within,
                   "masked_error": (error * mask).sum(dim=0), "masked": mask.sum(dim=0)}
@@ -678,9 +678,9 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
     """Trains and resumes, for pre-training and evaluation. (Sec. 4.1)
 
     `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`,
-    other callers may pass a part. `weights` is for `batches`. `more` must be equal to resume."""
+    other callers may pass a part. `weights` is for `batches`, `more` for the identity."""
     per_rank = min(args.batch_size, len(faces)) // world.size
-    batch = per_rank * world.size  # departure 8: 255 on three ranks, and no smaller last batch
+    batch = per_rank * world.size  # real batch; departure 8: 255 on three ranks, no smaller last one
     if per_rank < 2:
         raise UserError(f"{batch} images a step are too few: BatchNorm needs two on each of "
                         f"{world.size} processes; give more pictures or a larger --batch-size")
@@ -701,7 +701,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
               f"{world.size} × {world.device.type}{' in bf16' if args.bf16 else ''}", flush=True)
         if first == 0:
             log.unlink(missing_ok=True)
-    # Departure 9: DDP, BatchNorm per rank (authors: DataParallel). `find_unused_parameters` keeps
+    # Departure 9: DDP (authors: DataParallel); BatchNorm per rank. `find_unused_parameters` keeps
     # DDP from rebuilding its buckets after a first step: resumed runs add in the same order.
     net = trained if world.size == 1 else nn.parallel.DistributedDataParallel(
         trained, find_unused_parameters=True)
@@ -1096,8 +1096,8 @@ def join_processes() -> World:
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that is no longer empty once SIGTERM or Ctrl-C came. A second Ctrl-C kills a
-    single process. Else both may come twice, of a scheduler and of torchrun."""
+    """Yields a list that is no longer empty once SIGTERM or Ctrl-C came. A second Ctrl-C kills, but
+    not under torchrun: it hands signals on, and a rank may hear one twice."""
     heard, before = [], {}
 
     def hear(kind: int, frame) -> None:
@@ -1342,7 +1342,7 @@ def main(argv: list[str] | None = None) -> int:
         fixable = isinstance(error, UserError)
         if not fixable:
             traceback.print_exc()
-        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # split: a worker's has a traceback
+        elif int(os.environ.get("LOCAL_RANK") or 0) == 0:  # loader workers add a traceback
             print(f"simfle: {str(error).strip().split('UserError: ')[-1]}", file=sys.stderr)
         else:
             time.sleep(2)  # if it ended first, torchrun would end rank 0 before that tells
