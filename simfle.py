@@ -680,7 +680,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
     `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`,
     other callers may pass a part. `weights` is for `batches`, `more` for the identity."""
     per_rank = min(args.batch_size, len(faces)) // world.size
-    batch = per_rank * world.size  # real batch; departure 8: 255 on three ranks, no smaller last one
+    batch = per_rank * world.size  # real batch; departure 8: 255 on three ranks, no smaller last
     if per_rank < 2:
         raise UserError(f"{batch} images a step are too few: BatchNorm needs two on each of "
                         f"{world.size} processes; give more pictures or a larger --batch-size")
