@@ -457,7 +457,6 @@ def test_gradients_are_the_same_under_autocast_and_on_a_gpu(device, bf16, monkey
     """With the groups and masks of fp32 on the CPU: other patches would be another loss. Autocast
     keeps a weight's bf16 copy; in PyTorch 2.8 one made under `no_grad` passes no gradient."""
     masks, parts, losses, choose = [], {}, [], S.mask_lowest
-
     def mask_lowest(a, ratio):
         if not masks:
             masks.extend(choose(a, ratio))
@@ -731,7 +730,6 @@ def test_the_optimiser_is_sgd_with_momentum_on_a_cosine_of_the_rate_per_256_imag
     """A line of the log has its own step's values. An infinite gradient ends before the step."""
     net, means, after, momentum = nn.Linear(2, 1, bias=False), [], [], 0
     w, net.update = net.weight.detach().clone(), lambda: after.append(net.weight.detach().clone())
-
     def step(net, batch):
         means.append(batch["image"].float().mean() / 255)
         bad = (0 * net.weight.abs()).sqrt().sum() if len(means) == 6 else 0  # 0, of infinite slope
@@ -1060,7 +1058,6 @@ def test_training_pictures_are_cropped_and_flipped_test_pictures_not(evaluate, f
     trains, tests, normalise = [], [], S.normalise
     monkeypatch.setattr(S, "normalise", lambda x, c: (tests.append(x), normalise(x, c))[1])
     start = S.start_classifier
-
     def watched(*args):
         net = start(*args)
         net.register_forward_pre_hook(
@@ -1196,7 +1193,6 @@ def test_every_row_of_tables_3_and_4_has_the_papers_arithmetic(row, monkeypatch)
 def test_every_row_trains_resumes_and_is_evaluated_by_simfle(row, faces, tmp_path, monkeypatch):
     args = ["--data", faces, *TINY, "--workers", "0", "--model", row, "--steps", "2"]
     run, save = functools.partial(in_process, cwd=tmp_path, monkeypatch=monkeypatch), S.save_whole
-
     def save_and_copy(path, content):
         save(path, content)
         if path.name == "checkpoint.pt" and content["step"] == 1:
@@ -1481,13 +1477,16 @@ def test_grad_cam_lights_what_the_answer_depends_on(row, column, monkeypatch, tm
 
 
 def test_fig4_greys_the_masked_patches_and_leaves_the_visible_ones():
-    x = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    grey, whole, a = figures.reconstruct(small_model().eval(), x, [0, 5], COLOURS)
+    x, model = seeded(2, 3, 28, 28).sigmoid(), small_model().eval()
+    grey, whole, a = figures.reconstruct(model, x, [0, 5], COLOURS)
     seen = torch.zeros(2, 49).scatter(1, a.argsort(descending=True)[:, :12], 1).view(2, 1, 7, 7)
     seen = seen.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3) > 0
     assert torch.equal(grey, torch.where(seen, x, 0.5))
     close = (whole - x).abs() < 1e-5
     assert close[seen.expand_as(x)].all() and close[~seen.expand_as(x)].float().mean() < 0.1
+    before = figures.figures_masks(model, x, COLOURS)["masks"]
+    model.ffl.scores = lambda C: torch.arange(49.0).expand(len(C), -1)  # a rule of one's own
+    assert figures.figures_masks(model, x, COLOURS)["masks"] != before
 
 
 def test_fig3_adds_up_lines_and_the_last_line_of_a_step_counts(monkeypatch, tmp_path):

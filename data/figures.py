@@ -130,7 +130,7 @@ def reconstruct(model: nn.Module, x: Tensor, groups: list[int], colours: Tensor)
 
 def figures_masks(model: nn.Module, x: Tensor, colours: Tensor) -> dict[str, Image.Image]:
     """Three faces masked eight times, with the scores; eight reconstructions. (Fig. 4 a, b)"""
-    drawn = type(model.ffl).scores is not simfle.FaceMAE.scores  # random scores have no groups
+    drawn = getattr(model.ffl.scores, "__func__", None) is not simfle.FaceMAE.scores  # not by group
     groups, above = [] if drawn else [i * model.ffl.groups // 8 for i in range(8)], []
     for face in x[:3]:
         masked, _, scores = reconstruct(model, face.expand(8, -1, -1, -1), groups, colours)
