@@ -192,7 +192,7 @@ def run(argv: list[str] | None) -> None:
     add("name", metavar="RUN", help="the --name of a pre-training")
     add("--data", help="a folder, or its name in data/; default: the run's")
     add("--init", default="", help="random, pixels, imagenet or a file; default: the run's")
-    add("--refinement", nargs="?", const="", metavar="OTHER", help="measure masks by groups, of OTHER")
+    add("--refinement", nargs="?", const="", metavar="OTHER", help="masking by groups, of OTHER")
     add("--seed", type=int, help="of --init random; default: the run's")
     add("--tag", default="", help="added to the name of the result")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="loader workers")
