@@ -139,6 +139,16 @@ def same_checkpoint(one, two, name="checkpoint"):
     return one["step"] == two["step"] and all(torch.equal(a, b) for a, b in pairs)
 
 
+def text(path, *lines, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding=encoding)
+
+
+def contents(folder):
+    paths = map(Path, glob.iglob(f"{folder}/**", recursive=True, include_hidden=True))
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
+
+
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory):
     """A dataset of three classes with 30 pictures to train on and 15 to test on."""
@@ -1623,16 +1633,6 @@ def put(path, size=(20, 24), colour=(200, 100, 50), mode="RGB"):
     return path
 
 
-def text(path, *lines, encoding="utf-8"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines), encoding=encoding)
-
-
-def contents(folder):
-    paths = map(Path, glob.iglob(f"{folder}/**", recursive=True, include_hidden=True))
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths if p.is_file()}
-
-
 @pytest.fixture
 def prepared(tmp_path, monkeypatch, capsys):
     """Runs prepare.py on tmp_path/src: what it says, and the files of tmp_path/OUT by path."""
@@ -1718,9 +1718,8 @@ def test_affectnets_label_files_are_walked_not_two_lists(ending, train, val, tmp
     said, found = prepared("affectnet")
     assert found.keys() == {f"{split}/{c}/{i}.jpg" for i, c in enumerate(prepare.CLASSES)
                             for split in ("train", "val") if split == "val" or i not in (1, 2)}
-    for name in found:
-        source = src / (train if name[0] == "t" else val) / "images" / name[-5:]
-        assert os.path.samefile(tmp_path / "out" / name, source)  # linked, not written again
+    assert all(os.path.samefile(tmp_path / "out" / name, src / (  # linked, not written again
+        train if name[0] == "t" else val) / "images" / name[-5:]) for name in found)
     text(src / "training.csv")
     assert "1 skipped: file missing" in said and "3 skipped: none of the labels" in said
     assert "has .csv and ." in prepared("affectnet", out="other", expect=2)
@@ -1729,8 +1728,8 @@ def test_affectnets_label_files_are_walked_not_two_lists(ending, train, val, tmp
 @pytest.mark.parametrize("name, encoding", [
     ("list_patition_label.txt", "utf-16"), ("list_partition_label.txt", "utf-8"), ("", "utf-8")])
 def test_rafdb_maps_its_labels_and_kaggles_copy_is_read_too(name, encoding, tmp_path, prepared):
-    src, lines = tmp_path / "src", [f"train_{i:05}.jpg {i}" for i in range(1, 8)]
-    lines += ["test_0001.jpg 4", "train_00009.jpg 1", "train_00001.jpg 1"]
+    src, lines = tmp_path / "src", [*(f"train_{i:05}.jpg {i}" for i in range(1, 8)),
+                                    "test_0001.jpg 4", "train_00009.jpg 1", "train_00001.jpg 1"]
     for line in lines[:8]:
         put(src / "basic/aligned" / line.replace(".", "_aligned.")[:-2])
     text(src / "basic/EmoLabel" / (name or "x"), *lines, "", "nonsense", encoding=encoding)
@@ -1841,8 +1840,7 @@ kind, last, calls = sys.argv[1], int(sys.argv[2]), []
 real = getattr(pathlib.Path, kind)
 setattr(pathlib.Path, kind, lambda *args: calls.append(1) or real(*args) if len(calls) < last
         else os.kill(os.getpid(), signal.SIGKILL))
-prepare.main(["affectnet", "--src=src", "--out=out", "--workers=1", "--size=" + sys.argv[3]])
-"""
+prepare.main(["affectnet", "--src=src", "--out=out", "--workers=1", "--size=" + sys.argv[3]])"""
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tmp_path, prepared, monkeypatch):
