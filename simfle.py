@@ -6,7 +6,7 @@ backbone, on face photographs without labels. Two tasks share it. Global facial 
 (GFL, Sec. 3.1) maps two random views of a face to similar embeddings. In fine-grained facial
 feature learning (FFL, Sec. 3.2) the backbone's channels decide which patches of a face a masked
 autoencoder gets to see. Distillation exchanges what both have learnt (Sec. 3.3). Only the backbone
-is kept. Sections, equations and letters are the paper's, but for what is "ours" or a departure.
+is kept. Sections, equations and letters are the paper's, except what is "ours" or a departure.
 
     python data/demo.py                                       the demo, on a laptop
     python simfle.py --data affectnet                         one GPU
@@ -550,8 +550,7 @@ def distillation_loss(*zs: Tensor, t: float = 4.0) -> Tensor:
     """Draws each vector's softmax ψ towards that of their mean. (Sec. 3.3, Eq. 5)
 
     Departure 6. Paper: KL(ψ(z_i/t), ψ(z̄/t)), with the reference and the gradient left open. As the
-    authors: t² KL(ψ(z̄/t) ‖ ψ(z_i/t)), z̄ detached. With t² the gradient's size hardly depends on t
-    (Hinton et al., 2015).
+    authors: t² KL(ψ(z̄/t) ‖ ψ(z_i/t)), z̄ detached. t² keeps gradients' size (Hinton et al., 2015).
 
     Args:
         zs, t: z_m, z_v1, z_v2, (B, 256) each; the temperature.
@@ -680,7 +679,7 @@ def fit(args, world: World, model: nn.Module, trained: nn.Module, faces: Faces, 
     `step(net, batch)` returns a dict of tensors with `loss`. DDP wraps `trained`: here `model`,
     other callers may pass a part. `weights` is for `batches`, `more` for the identity."""
     per_rank = min(args.batch_size, len(faces)) // world.size
-    batch = per_rank * world.size  # real batch; departure 8: 255 on three ranks, no smaller last
+    batch = per_rank * world.size  # real batch; departure 8: 255 on 3 ranks, no smaller last one
     if per_rank < 2:
         raise UserError(f"{batch} images a step are too few: BatchNorm needs two on each of "
                         f"{world.size} processes; give more pictures or a larger --batch-size")
@@ -798,17 +797,18 @@ def resume(args, world: World, model: nn.Module, optimizer: torch.optim.SGD, sam
         try:
             saved = load_file(path)
             was = saved.get("same", {})
-            differ = [f"{k} was {was.get(k)!r}, is {same[k]!r}" for k in same
-                      if was.get(k) != same[k]]
-            if differ:
-                raise UserError(f"{path} is of another run ({'; '.join(differ)}): give another "
+            odd = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in same.items() if was.get(k) != v]
+            if odd:
+                raise UserError(f"{path} is of another run ({'; '.join(odd)}): give another "
                                 f"--{'tag' if args.eval else 'name'}, or --fresh to start over")
             model.load_state_dict(saved["model"])
             for k, buffer in enumerate(momentum):
                 buffer.copy_(saved["optimizer"]["state"][k]["momentum_buffer"])
             told[0] = saved["step"]
-        except Exception as error:  # some are load_state_dict's, where code has changed
-            told[1] = " ".join(str(error).split())
+        except UserError as error:
+            told[1] = str(error)
+        except RuntimeError as error:  # of load_state_dict
+            told[1] = f"{path} does not fit the code, --fresh starts over ({error!r:.200})"
     if world.size > 1:
         dist.broadcast_object_list(told, device=world.device)
         for buffer in momentum:
@@ -1335,8 +1335,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for. Returns the exit code."""
     try:
         args, world = read_settings(argv), join_processes()
-        run = evaluate if args.eval else pretrain
-        run(args, world)
+        (evaluate if args.eval else pretrain)(args, world)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         fixable = isinstance(error, UserError)

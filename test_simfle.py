@@ -869,7 +869,7 @@ def test_what_cannot_be_is_one_sentence(faces, run, refused, tmp_path, monkeypat
             (["--name", "faces", "--eval", "finetune"], "backbone.pt has none: .*--eval linear")):
         assert re.search(words, refused(*args)), words
     torch.save(torch.load(run / "checkpoint.pt") | {"model": {}}, run / "checkpoint.pt")
-    assert "Missing key" in refused("--data", faces, *TINY)  # code has changed
+    assert "does not fit the code, --fresh" in refused("--data", faces, *TINY)  # which has changed
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     assert "srun started several tasks" in refused("--data", faces)
 
